@@ -1,0 +1,44 @@
+# `make help` says what there is. The tests run three times: on this machine, and on two user-mode kernels of the lab.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format clean lab
+
+# Interpreter of the virtual environment: the newest is not needed, 3.11 is the oldest that works.
+PYTHON ?= python3
+STAMP := .venv/.stamp
+RUN := .venv/bin/python -m
+
+help: ## this list
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## show what it does, on this machine and in the lab
+	.venv/bin/python demo/run.py
+
+test: $(STAMP) ## all tests: here, on a kernel with rekey, on a kernel without; then coverage
+	lab/test
+
+lint: $(STAMP) ## ruff: mistakes and format
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(RUN) mypy
+
+format: $(STAMP) ## let ruff repair what it can
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+lab: ## get the lab's kernels and the test peers into the cache
+	lab/build-kernel rekey
+	lab/build-kernel norekey
+	lab/peers
+
+clean: ## remove what the targets made here (the lab's cache is outside, and stays)
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find src tests lab -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv: $(STAMP) ## the virtual environment with everything for development
+
+$(STAMP): pyproject.toml
+	@lab/make-venv "$(PYTHON)"
+	@touch $@

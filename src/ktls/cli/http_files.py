@@ -1,0 +1,259 @@
+"""The server behind ``ktls serve``: files over HTTPS/1.1, their bodies sent by ``KTLSSocket.sendfile``.
+
+``http.server`` does what HTTP needs; added here: ranges and validators (RFC 9110 §13, §14), so that a download can be resumed, the handshake in the
+connection's own thread, so that a slow client keeps nobody waiting, and one line per request that says who protected the records.
+
+What is not done: uploads, virtual hosts, compression. Symbolic links are followed, also out of the directory.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import re
+import socket
+import socketserver
+import stat
+import sys
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, final
+
+import ktls
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ("FileServer", "parse_range")
+
+#: A client that does not finish its handshake loses its thread; so does one that is silent between requests.
+_HANDSHAKE_TIMEOUT: Final = 10.0
+_IDLE_TIMEOUT: Final = 60.0
+_ONE_RANGE: Final = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.ASCII | re.IGNORECASE)
+
+
+def parse_range(header: str, size: int) -> range | None:
+    """Return the bytes that a Range header asks for, or None if the whole file is the right answer.
+
+    Raises ``ValueError`` for a range outside of the file (416). Several ranges, and what is not a byte range, may be ignored (RFC 9110 §14.2).
+    """
+    match = _ONE_RANGE.fullmatch(header.strip())
+    if match is None or match[0].endswith("=-"):
+        return None
+    first, last = match[1], match[2]
+    if not first:  # the last N bytes
+        wanted = range(max(0, size - int(last)), size)
+    elif last and int(last) < int(first):
+        return None  # not a range at all
+    else:
+        wanted = range(int(first), min(size, int(last) + 1) if last else size)
+    if not wanted:
+        raise ValueError(f"{header} is outside of {size} bytes")
+    return wanted
+
+
+@final
+class FileServer(ThreadingHTTPServer):
+    """Serves ``directory`` over TLS; each connection in a thread of its own."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(
+        self, address: tuple[Any, ...], family: int, context: ktls.SSLContext, directory: Path
+    ) -> None:
+        self.address_family = family
+        self.directory = str(directory)
+        self._context = context
+        super().__init__(address, _Handler)  # type: ignore[arg-type]  # IPv6 addresses have four parts
+
+    def server_bind(self) -> None:
+        """Bind; ``HTTPServer`` would ask the DNS for our name here."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Do one connection, from the handshake to close_notify, in its thread."""
+        tls = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        with tls:
+            tls.settimeout(_HANDSHAKE_TIMEOUT)
+            tls.do_handshake()
+            _Handler(tls, client_address, self)
+            tls.shutdown(socket.SHUT_WR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say in one line why a connection ended early."""
+        error = sys.exception() if sys.version_info >= (3, 11) else sys.exc_info()[1]
+        what = str(error) or type(error).__name__
+        print(f"{client_address[0]}: connection ended: {_printable(what)}", file=sys.stderr)
+
+
+class _FileShrank(ConnectionAbortedError):
+    """Fewer bytes than promised: nothing may be sent in their place, so the connection ends here, without close_notify."""
+
+
+@final
+class _Handler(SimpleHTTPRequestHandler):
+    server: FileServer
+    connection: ktls.KTLSSocket
+    protocol_version = "HTTP/1.1"
+    server_version = "ktls"
+    sys_version = ""
+    timeout = _IDLE_TIMEOUT
+
+    def __init__(self, request: ktls.KTLSSocket, client_address: Any, server: FileServer) -> None:
+        self._body = range(0)
+        self._status: int | None = None
+        self._sent = 0
+        super().__init__(request, client_address, server, directory=server.directory)
+
+    def handle_one_request(self) -> None:
+        """Answer, then log: only now it is known what was sent."""
+        self._status, self._sent = None, 0
+        try:
+            super().handle_one_request()
+        finally:
+            if self._status is not None:
+                self._log_line(self._status)
+
+    def parse_request(self) -> bool:
+        """Parse; a body that came along is not read, so nothing after it can be taken for a request."""
+        parsed = super().parse_request()
+        if parsed and (
+            "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        ):
+            self.close_connection = True
+        return parsed
+
+    def send_head(self) -> Any:
+        """Send the head of the answer; return the file whose ``self._body`` follows, or None."""
+        path = self.translate_path(self.path)
+        if os.path.isdir(path):
+            index = os.path.join(path, "index.html")
+            if not path.endswith("/") or not os.path.isfile(index):
+                return super().send_head()  # redirect or listing
+            path = index
+        try:
+            file = _open_regular(path)
+        except PermissionError:
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return None
+        except (OSError, ValueError):
+            self.send_error(HTTPStatus.NOT_FOUND, "File not found")
+            return None
+        try:
+            goes_on = self._send_file_head(path, os.fstat(file.fileno()))
+        except BaseException:
+            file.close()
+            raise
+        if not goes_on:
+            file.close()
+            return None
+        return file
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send the body; listings come from memory."""
+        try:
+            descriptor = source.fileno()
+        except OSError:
+            self._sent += self.wfile.write(source.getvalue())
+            return
+        del descriptor
+        self._sendfile(source)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Keep the status; the line is written when the answer is out."""
+        self._status = int(code)
+
+    def log_error(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class's name
+        """Say nothing more than the request's line does."""
+
+    def _sendfile(self, file: BinaryIO) -> None:
+        if not self._body:
+            return
+        promised = len(self._body)
+        self._sent = self.connection.sendfile(file, self._body.start, promised)
+        if self._sent != promised:
+            raise _FileShrank(f"the file shrank: {self._sent} of {promised} bytes sent")
+
+    def _send_file_head(self, path: str, status: os.stat_result) -> bool:
+        """Send status and header fields for a file; return whether a body follows."""
+        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"'
+        modified = self.date_time_string(int(status.st_mtime))
+        if self._not_modified(etag, int(status.st_mtime)):
+            self._head(HTTPStatus.NOT_MODIFIED, {"ETag": etag, "Last-Modified": modified})
+            return False
+        size = status.st_size
+        fields = {
+            "Content-Type": self.guess_type(path),
+            "Last-Modified": modified,
+            "ETag": etag,
+            "Accept-Ranges": "bytes",
+        }
+        try:
+            wanted = self._wanted_range(size, etag, modified)
+        except ValueError:
+            fields = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+            self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, fields)
+            return False
+        self._body = range(size) if wanted is None else wanted
+        fields["Content-Length"] = str(len(self._body))
+        if wanted is not None:
+            fields["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size}"
+        self._head(HTTPStatus.OK if wanted is None else HTTPStatus.PARTIAL_CONTENT, fields)
+        return True
+
+    def _head(self, status: HTTPStatus, fields: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _not_modified(self, etag: str, modified: int) -> bool:
+        """RFC 9110 §13.2.2: If-None-Match, and only without it If-Modified-Since."""
+        tags = self.headers.get("If-None-Match")
+        if tags is not None:
+            found = {tag.strip().removeprefix("W/") for tag in tags.split(",")}
+            return etag in found or "*" in found
+        since = self.headers.get("If-Modified-Since")
+        if since is None:
+            return False
+        try:
+            return modified <= int(email.utils.parsedate_to_datetime(since).timestamp())
+        except (TypeError, ValueError, OverflowError):
+            return False
+
+    def _wanted_range(self, size: int, etag: str, modified: str) -> range | None:
+        """Return the part asked for, None for all of it; ``ValueError`` if it is outside of the file."""
+        header = self.headers.get("Range")
+        if header is None or self.command != "GET":
+            return None
+        condition = self.headers.get("If-Range")
+        # Strong comparison (RFC 9110 §13.1.5): for dates that means the very same text.
+        if condition is not None and condition.strip() not in (etag, modified):
+            return None
+        return parse_range(header, size)
+
+    def _log_line(self, status: int) -> None:
+        offload = self.connection.offload
+        request = _printable(self.requestline)
+        line = f'{self.client_address[0]} "{request}" {status} {self._sent} tx={offload.tx} rx={offload.rx}\n'
+        sys.stdout.write(line)  # as one piece: other threads write too
+        sys.stdout.flush()
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open ``path`` if it is a regular file: opening a pipe would wait, a device might do anything."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _printable(text: str) -> str:
+    """Escape what could forge log lines or drive a terminal."""
+    return "".join(
+        char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02x}"
+        for char in text
+    )

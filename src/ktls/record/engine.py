@@ -1,0 +1,196 @@
+"""Records protected by the handshake engine itself, for connections that give us no keys: CBC suites, no key log.
+
+Data and close only: the engine (an ``ssl.SSLObject`` between two memory BIOs) answers KeyUpdates and takes tickets by itself, and shows neither
+keys nor counts. Same methods as ``driver.Driver``, so that a front end need not know which one it has.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+from typing import Final, cast, final
+
+from ktls.protocol.errors import LocalProtocolError, TruncatedError
+from ktls.protocol.limits import DirectionUsage, KeyUsage
+
+from .interface import DEAD_ERRNOS, LayerName, ReadBuffer, WriteBuffer
+
+__all__ = ("EngineDriver",)
+
+_READ_SIZE: Final = 64 * 1024
+_BATCH: Final = 64 * 1024
+_UNKNOWN: Final = DirectionUsage(generation=0, records=0, limit=None)
+
+
+@final
+class EngineDriver:
+    """One connection that stays with its engine. Thread-safe.
+
+    ``incoming`` and ``outgoing`` are the engine's BIOs; what is in them already (read past the handshake, or not yet sent) is kept.
+    """
+
+    __slots__ = (
+        "_engine",
+        "_engine_lock",
+        "_error",
+        "_incoming",
+        "_out",
+        "_outgoing",
+        "_peer_closed",
+        "_rx_lock",
+        "_sock",
+        "_tx_closed",
+        "_tx_lock",
+    )
+
+    tx_layer: LayerName = "engine"
+    rx_layer: LayerName = "engine"
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        engine: ssl.SSLObject,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+    ) -> None:
+        self._sock = sock
+        self._engine = engine
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._out = memoryview(b"")
+        self._error: OSError | None = None
+        self._tx_closed = False
+        self._peer_closed = False
+        # rx, then tx, then engine; the engine's own calls never wait.
+        self._rx_lock = threading.Lock()
+        self._tx_lock = threading.Lock()
+        self._engine_lock = threading.Lock()
+
+    @property
+    def owes(self) -> bool:
+        """Whether something of the engine's waits for room in TCP's buffer."""
+        return bool(self._out) or self._outgoing.pending > 0
+
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the peer's close_notify was received."""
+        return self._peer_closed
+
+    def pending(self) -> int:
+        """Return how many bytes are held in this process, invisible to ``poll``."""
+        return self._engine.pending() + self._incoming.pending
+
+    def key_usage(self) -> KeyUsage:
+        """The engine counts its records but does not tell: always zero."""
+        return KeyUsage(tx=_UNKNOWN, rx=_UNKNOWN)
+
+    def send(self, data: ReadBuffer, flags: int = 0) -> int:
+        """Send application data; return how many bytes were accepted. Raises as ``Driver.send``."""
+        if not len(data):
+            return 0
+        with self._tx_lock:
+            if self._error is not None:
+                raise self._error.with_traceback(None)
+            if self._tx_closed:
+                raise LocalProtocolError("the sending side is closed")
+            self._push(flags)
+            with self._engine_lock:
+                accepted = self._engine.write(memoryview(data).cast("B")[:_BATCH])
+            try:
+                self._push(flags)
+            except BlockingIOError:
+                pass  # accepted: goes out with the next call
+            return accepted
+
+    def sendfile(self, fd: int, offset: int, count: int) -> int:
+        """Send up to ``count`` bytes of a file from ``offset``; 0 at the end of the file."""
+        data = os.pread(fd, min(count, _BATCH), offset)
+        return self.send(data)
+
+    def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive application data; return the count, 0 after close_notify. Raises as ``Driver.recv_into``."""
+        view = memoryview(buffer).cast("B")
+        with self._rx_lock:
+            while not self._peer_closed:
+                try:
+                    with self._engine_lock:
+                        # With a buffer it returns a count, which typeshed does not say.
+                        return cast(int, self._engine.read(nbytes or len(view), view))
+                except ssl.SSLWantReadError:
+                    self.run_owed()
+                    self._pull(flags)
+                except ssl.SSLZeroReturnError:
+                    self._peer_closed = True
+                except ssl.SSLEOFError:
+                    raise TruncatedError(
+                        "the TCP connection ended without close_notify: the data may be incomplete"
+                    ) from None
+                except ssl.SSLError:
+                    self.run_owed()  # the alert
+                    raise
+            return 0
+
+    def splice(self, pipe: int, count: int) -> int:
+        """Not possible here: ``LocalProtocolError``."""
+        raise LocalProtocolError("only kernel TLS can splice")
+
+    def settle(self) -> None:
+        """Nothing hides from ``poll`` here that ``pending`` would not tell."""
+
+    def refresh_traffic_keys(self, request_peer: bool = False, flags: int = 0) -> None:
+        """Not possible here: ``LocalProtocolError``; the ``ssl`` module has no such call."""
+        raise LocalProtocolError("the engine protects this connection and can't refresh keys")
+
+    def close_notify(self, flags: int = 0) -> None:
+        """Close our side. ``BlockingIOError``: call again; doing so repeats nothing."""
+        with self._tx_lock:
+            if not self._tx_closed:
+                self._tx_closed = True
+                with self._engine_lock:
+                    try:
+                        self._engine.unwrap()
+                    except (ssl.SSLError, ValueError):
+                        pass  # wants the peer's close_notify, or has failed before
+            self._push(flags)
+
+    def flush(self, flags: int = 0) -> None:
+        """Hand to TCP whatever is still held here; ``BlockingIOError`` if that can't be done yet."""
+        with self._tx_lock:
+            self._push(flags)
+
+    def run_owed(self) -> None:
+        """Send what the engine wants to send as far as it goes without waiting. Never raises."""
+        if self._tx_lock.acquire(blocking=False):
+            try:
+                self._push(socket.MSG_DONTWAIT)
+            except OSError:
+                pass  # kept in _error, or tried again with the next call
+            finally:
+                self._tx_lock.release()
+
+    def _push(self, flags: int) -> None:
+        """Send the engine's output. Under the tx lock."""
+        while True:
+            if not self._out:
+                with self._engine_lock:
+                    self._out = memoryview(self._outgoing.read())
+                if not self._out:
+                    return
+            try:
+                sent = self._sock.send(self._out, flags)
+            except OSError as error:
+                if error.errno in DEAD_ERRNOS:
+                    self._error = self._error or error
+                raise
+            self._out = self._out[sent:]
+
+    def _pull(self, flags: int) -> None:
+        """Read from TCP for the engine. Under the rx lock."""
+        data = self._sock.recv(_READ_SIZE, flags)
+        with self._engine_lock:
+            if data:
+                self._incoming.write(data)
+            else:
+                self._incoming.write_eof()

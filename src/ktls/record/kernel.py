@@ -1,0 +1,309 @@
+"""Records protected by the kernel: ``TLS_TX`` and ``TLS_RX`` on a TCP socket.
+
+Theory of operation
+-------------------
+Once keys are set, plain ``send``, ``recv_into`` and ``sendfile`` are TLS, and that is the whole hot path. Everything else here is about how the kernel
+says that something else is next, and about what it does not say (measured on 6.12 and 7.2; kernel documentation: networking/tls.rst):
+
+- A control record makes plain ``recv`` fail with EIO and stay where it is; ``recvmsg`` with a control buffer gets it. So reading
+  tries ``recv_into`` first and turns EIO into ``ControlRecord``. A plain ``recv`` that returns 0 is the end of TCP: control records never look like that.
+- When the kernel *decrypts* a handshake record that begins with 0x18 (TLS 1.3), it stops opening records until ``TLS_RX`` is set again: EKEYEXPIRED, and silence
+  from ``poll``. For a KeyUpdate the new key follows at once (``install``). But a fragment of one, or a continuation that begins
+  with that byte by chance, stops it too: then we set the *old* key at its current sequence number before the next read.
+- Framing errors are reported once; then reads wait for ever and ``poll`` is silent. After ECONNRESET or EPIPE was reported once,
+  ``send`` pretends to succeed and drops the data. So both halves remember their first fatal error.
+- A failed read leaves its error in SO_ERROR, where the next send would find it: it is cleared, so that the alert can go out.
+- ``close`` and ``shutdown`` throw away what is still queued above TCP. A *blocking* ``send`` that has returned has no such rest; after a
+  non-blocking one only ``SIOCOUTQ == 0`` proves it. ``flush`` is that test.
+- Zero-length records can't be sent, MSG_MORE leaves a record open that ``close`` would lose: neither is ever used.
+
+What this module does not do: it never reads ahead, never decides what a record means, never waits by itself, and does not attach
+the ULP to a socket in use (``attach`` belongs right after connect or accept).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from fcntl import ioctl
+from typing import Final, final
+
+from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType, ProtocolVersion
+from ktls.protocol.errors import KTLSError, RemoteProtocolError
+from ktls.protocol.key_schedule import TrafficKeys
+from ktls.protocol.states import InboundPlainMessage
+from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
+
+from .aead import record_type
+from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
+from .linux import (
+    CRYPTO_INFO,
+    SIOCOUTQ,
+    SOL_TLS,
+    TCP_ULP,
+    TLS_GET_RECORD_TYPE,
+    TLS_RX,
+    TLS_SET_RECORD_TYPE,
+    TLS_TX,
+    TLS_TX_MAX_PAYLOAD_LEN,
+    pack_crypto_info,
+    unpack_rec_seq,
+)
+
+__all__ = ("KernelReceiver", "KernelSender", "attach")
+
+_CONTROL_SPACE: Final = socket.CMSG_SPACE(1)
+_KEY_UPDATE_BYTE: Final = bytes((HandshakeType.KEY_UPDATE,))
+#: What a failed read means (the table of errors in the theory above), and the alert that answers it.
+_READ_ERRORS: Final = {
+    errno.EBADMSG: (
+        "a record can't be opened with the current key",
+        AlertDescription.BAD_RECORD_MAC,
+    ),
+    errno.EMSGSIZE: ("a record is too long", AlertDescription.RECORD_OVERFLOW),
+    errno.EINVAL: ("what came is not a TLS record", AlertDescription.PROTOCOL_VERSION),
+    errno.EKEYEXPIRED: (
+        "the kernel waits for a key: another holder of this socket read a KeyUpdate",
+        AlertDescription.INTERNAL_ERROR,
+    ),
+}
+
+
+def attach(sock: socket.socket) -> None:
+    """Attach the ``tls`` ULP. Until keys are set the socket remains plain TCP.
+
+    To be called right after connect or accept: once the peer has sent FIN it fails with ENOTCONN. Attached already is fine.
+    Raises ``OSError``: ENOENT (module absent, or not loaded and we may not load it), ENOTCONN, ENOPROTOOPT/EOPNOTSUPP (not TCP).
+    """
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+    except OSError as error:
+        if error.errno != errno.EEXIST or _ulp(sock) != b"tls":
+            raise
+
+
+def _ulp(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).rstrip(b"\0")
+
+
+@final
+class KernelSender:
+    """``RecordSender`` over ``TLS_TX``. Creating it sets the key; ``OSError`` if the kernel refuses, and the socket is then still plain."""
+
+    __slots__ = ("_dead", "_sock", "_suite", "can_change_key", "max_fragment")
+
+    name: LayerName = "kernel"
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        suite: CipherSuite,
+        keys: TrafficKeys,
+        sequence_number: int = 0,
+        *,
+        can_change_key: bool,
+        max_fragment: int = MAX_FRAGMENT,
+    ) -> None:
+        self._sock = sock
+        self._suite = suite
+        self._dead: OSError | None = None
+        self.can_change_key = can_change_key
+        self.max_fragment = max_fragment
+        sock.setsockopt(SOL_TLS, TLS_TX, pack_crypto_info(suite, keys, sequence_number))
+        if max_fragment != MAX_FRAGMENT:
+            sock.setsockopt(SOL_TLS, TLS_TX_MAX_PAYLOAD_LEN, struct.pack("=H", max_fragment))
+
+    def send(self, data: ReadBuffer, flags: int = 0) -> int:
+        """See ``RecordSender``. One system call."""
+        if self._dead is not None:
+            raise self._dead_again()
+        try:
+            return self._sock.send(data, flags)
+        except OSError as error:
+            self._note(error)
+            raise
+
+    def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:
+        """See ``RecordSender``."""
+        if self._dead is not None:
+            raise self._dead_again()
+        control = [(SOL_TLS, TLS_SET_RECORD_TYPE, bytes((content_type,)))]
+        try:
+            self._sock.sendmsg((fragment,), control, flags)
+        except OSError as error:
+            self._note(error)
+            raise
+
+    def sendfile(self, fd: int, offset: int, count: int) -> int:
+        """See ``RecordSender``. One system call; the kernel reads the file and encrypts, nothing is copied to this process."""
+        if self._dead is not None:
+            raise self._dead_again()
+        try:
+            return os.sendfile(self._sock.fileno(), fd, offset, count)
+        except OSError as error:
+            self._note(error)
+            raise
+
+    def install(self, keys: TrafficKeys) -> None:
+        """See ``RecordSender``. EBUSY where the kernel has no rekey."""
+        self._sock.setsockopt(SOL_TLS, TLS_TX, pack_crypto_info(self._suite, keys, 0))
+
+    def sequence_number(self) -> int:
+        """See ``RecordSender``. Asks the kernel, which counts every record, whoever sent it."""
+        return _rec_seq(self._sock, TLS_TX, self._suite)
+
+    def flush(self, flags: int = 0) -> None:
+        """See ``RecordSender``. True knowledge is only in SIOCOUTQ: all that was accepted has been acknowledged by the peer's TCP."""
+        if self._dead is not None:
+            raise self._dead_again()
+        queued: int = struct.unpack("=i", ioctl(self._sock.fileno(), SIOCOUTQ, bytes(4)))[0]
+        if queued:
+            raise BlockingIOError(errno.EAGAIN, f"{queued} bytes are not acknowledged yet")
+
+    def _note(self, error: OSError) -> None:
+        if error.errno in DEAD_ERRNOS:
+            self._dead = error
+
+    def _dead_again(self) -> OSError:
+        assert self._dead is not None
+        return type(self._dead)(self._dead.errno, self._dead.strerror)
+
+
+@final
+class KernelReceiver:
+    """``RecordReceiver`` over ``TLS_RX``. Creating it sets the key; the TCP stream must be at the start of record ``sequence_number``.
+
+    ``OSError`` if the kernel refuses, and this direction is then still raw bytes.
+    """
+
+    __slots__ = ("_dead", "_halted", "_sock", "_suite", "can_change_key")
+
+    name: LayerName = "kernel"
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        suite: CipherSuite,
+        keys: TrafficKeys,
+        sequence_number: int = 0,
+        *,
+        can_change_key: bool,
+    ) -> None:
+        self._sock = sock
+        self._suite = suite
+        self._dead: KTLSError | None = None
+        # Either dead, or stopped by the kernel until the old key is set again.
+        self._halted = False
+        self.can_change_key = can_change_key
+        sock.setsockopt(SOL_TLS, TLS_RX, pack_crypto_info(suite, keys, sequence_number))
+
+    def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """See ``RecordReceiver``. One system call, unless a control record is next."""
+        if self._halted:
+            self._go_on()
+        try:
+            return self._sock.recv_into(buffer, nbytes, flags)
+        except OSError as error:
+            raise self._translate(error) from None
+
+    def read_record(self, flags: int = 0) -> InboundPlainMessage | None:
+        """See ``RecordReceiver``."""
+        if self._halted:
+            self._go_on()
+        try:
+            data, control, _, _ = self._sock.recvmsg(MAX_FRAGMENT, _CONTROL_SPACE, flags)
+        except OSError as error:
+            raise self._translate(error) from None
+        if not control:
+            return None if not data else InboundPlainMessage(ContentType.APPLICATION_DATA, data)
+        level, kind, value = control[0]
+        if (level, kind) != (SOL_TLS, TLS_GET_RECORD_TYPE):
+            raise AssertionError(f"control message {level}/{kind} on a TLS socket")
+        content_type = record_type(value[0])
+        if content_type == ContentType.HANDSHAKE and data[:1] == _KEY_UPDATE_BYTE:
+            self._halted = self._suite.version is ProtocolVersion.TLSv1_3
+        return InboundPlainMessage(content_type, data)
+
+    def record_waits(self) -> bool:
+        """Whether a control record is next, also when ``poll`` does not show it; reads nothing. For callers who poll by themselves.
+
+        One byte is peeked: that opens one record at most, so it can't itself hide a KeyUpdate behind data.
+        """
+        if self._halted:
+            self._go_on()
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return error.errno == errno.EIO
+        return False
+
+    def splice(self, pipe: int, count: int) -> int:
+        """Move up to ``count`` bytes of application data, one record at most, into the pipe ``pipe``; 0 at the end of the TCP stream.
+
+        Raises as ``recv_into`` does.
+        """
+        if self._halted:
+            self._go_on()
+        while True:
+            try:
+                moved = os.splice(self._sock.fileno(), pipe, count)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise self._translate(error) from None
+                # A control record is next, or this was the one and only report of a framing error.
+                if self.record_waits():
+                    raise ControlRecord from None
+                raise self._translate(error) from None
+            # 0 is the end of the stream, or a record without data.
+            if moved or self._at_eof():
+                return moved
+
+    def _at_eof(self) -> bool:
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+
+    def install(self, keys: TrafficKeys) -> None:
+        """See ``RecordReceiver``. Wakes pollers. EBUSY where the kernel has no rekey."""
+        self._sock.setsockopt(SOL_TLS, TLS_RX, pack_crypto_info(self._suite, keys, 0))
+        self._halted = False
+
+    def sequence_number(self) -> int:
+        """See ``RecordReceiver``. Asks the kernel."""
+        return _rec_seq(self._sock, TLS_RX, self._suite)
+
+    def pending(self) -> int:
+        """See ``RecordReceiver``. Nothing is ever held here."""
+        return 0
+
+    def _go_on(self) -> None:
+        """Raise if dead. Else go on with the old key: the kernel has stopped for what was not (yet) a whole KeyUpdate."""
+        if self._dead is not None:
+            raise self._dead
+        self._halted = False
+        size = CRYPTO_INFO[self._suite.aead].size
+        current = self._sock.getsockopt(SOL_TLS, TLS_RX, size)
+        try:
+            self._sock.setsockopt(SOL_TLS, TLS_RX, current)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # EBUSY: no rekey, so it had not stopped either
+                raise
+
+    def _translate(self, error: OSError) -> Exception:
+        """Turn the errno of a read into what the contract says."""
+        if error.errno == errno.EIO:
+            return ControlRecord()
+        if error.errno not in _READ_ERRORS:
+            return error
+        self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it
+        self._dead = RemoteProtocolError(*_READ_ERRORS[error.errno])
+        self._halted = True
+        return self._dead
+
+
+def _rec_seq(sock: socket.socket, direction: int, suite: CipherSuite) -> int:
+    # The answer holds the key as well: it goes no further than this line.
+    return unpack_rec_seq(sock.getsockopt(SOL_TLS, direction, CRYPTO_INFO[suite.aead].size))

@@ -1,0 +1,250 @@
+"""Records protected in this process: the fallback, the opener of what was read past the handshake, and the reference in tests.
+
+Same contract as ``kernel``, over the same sockets; the two mix freely, one direction each.
+
+Theory of operation
+-------------------
+Sending: records are sealed into an output buffer that goes to TCP as it can. ``send`` seals only while that buffer is empty, and at most ``_BATCH`` bytes
+at a time; so what it has accepted is at most one batch, and a batch that did not go out whole is pushed by whatever call comes next. ``flush`` must be called
+before the socket is closed.
+
+Receiving: bytes are read ahead into a buffer and cut into records. With ``exact`` it never reads past the end of the current record, so that the kernel can take
+over at a record boundary (see ``catchup``). A record that was opened and not wholly read is kept as a view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import Final, final
+
+from ktls.protocol.enums import ContentType
+from ktls.protocol.errors import KTLSError
+from ktls.protocol.key_schedule import TrafficKeys
+from ktls.protocol.states import InboundPlainMessage
+from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
+
+from .aead import HEADER_LENGTH, RecordProtection
+from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
+
+__all__ = ("UserspaceReceiver", "UserspaceSender")
+
+#: Plaintext sealed by one call of ``send``: big enough that the system call does not count, small enough to stay in cache.
+_BATCH: Final = 8 * MAX_FRAGMENT
+#: Bytes asked from TCP at once.
+_READ_SIZE: Final = 64 * 1024
+
+
+@final
+class UserspaceSender:
+    """``RecordSender`` with the AEADs of ``cryptography``."""
+
+    __slots__ = ("_dead", "_out", "_protection", "_sock", "max_fragment")
+
+    name: LayerName = "userspace"
+    can_change_key = True
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        suite: CipherSuite,
+        keys: TrafficKeys,
+        sequence_number: int = 0,
+        *,
+        max_fragment: int = MAX_FRAGMENT,
+    ) -> None:
+        self._sock = sock
+        self._protection = RecordProtection(suite, keys, sequence_number)
+        self._out = memoryview(b"")
+        self._dead: OSError | None = None
+        self.max_fragment = max_fragment
+
+    def send(self, data: ReadBuffer, flags: int = 0) -> int:
+        """See ``RecordSender``."""
+        self.flush(flags)
+        accepted = memoryview(data).cast("B")[:_BATCH]
+        step = self.max_fragment
+        seal = self._protection.seal
+        records = [
+            seal(ContentType.APPLICATION_DATA, accepted[start : start + step])
+            for start in range(0, len(accepted), step)
+        ]
+        self._push(b"".join(records), flags)
+        return len(accepted)
+
+    def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:
+        """See ``RecordSender``."""
+        self.flush(flags)
+        self._push(self._protection.seal(content_type, fragment), flags)
+
+    def sendfile(self, fd: int, offset: int, count: int) -> int:
+        """See ``RecordSender``. Reads the file into this process: no zero copy here."""
+        self.flush()
+        data = os.pread(fd, min(count, _BATCH), offset)
+        return self.send(data) if data else 0
+
+    def install(self, keys: TrafficKeys) -> None:
+        """See ``RecordSender``. What was sealed before stays in front."""
+        self._protection = RecordProtection(self._protection.suite, keys)
+
+    def sequence_number(self) -> int:
+        """See ``RecordSender``."""
+        return self._protection.sequence_number
+
+    def flush(self, flags: int = 0) -> None:
+        """See ``RecordSender``."""
+        if self._dead is not None:
+            raise type(self._dead)(self._dead.errno, self._dead.strerror)
+        while self._out:
+            try:
+                sent = self._sock.send(self._out, flags)
+            except OSError as error:
+                if error.errno in DEAD_ERRNOS:
+                    self._dead = error
+                raise
+            self._out = self._out[sent:]
+
+    def _push(self, records: bytes, flags: int) -> None:
+        """Take ``records`` as accepted, and send what can be sent now."""
+        self._out = memoryview(records)
+        with contextlib.suppress(BlockingIOError):  # accepted: goes out with the next call
+            self.flush(flags)
+
+
+@final
+class UserspaceReceiver:
+    """``RecordReceiver`` with the AEADs of ``cryptography``.
+
+    ``initial`` are bytes that were read from the socket before (the over-read of a handshake).
+    """
+
+    __slots__ = ("_buffer", "_dead", "_eof", "_exact", "_message", "_protection", "_sock")
+
+    name: LayerName = "userspace"
+    can_change_key = True
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        suite: CipherSuite,
+        keys: TrafficKeys,
+        sequence_number: int = 0,
+        *,
+        initial: bytes = b"",
+        exact: bool = False,
+    ) -> None:
+        self._sock = sock
+        self._protection = RecordProtection(suite, keys, sequence_number)
+        self._buffer = bytearray(initial)
+        self._exact = exact
+        #: The record that was opened and not wholly delivered.
+        self._message: InboundPlainMessage | None = None
+        self._dead: KTLSError | None = None
+        self._eof = False
+
+    def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """See ``RecordReceiver``."""
+        while True:
+            message = self._peek(flags)
+            if message is None:
+                return 0
+            if message.content_type != ContentType.APPLICATION_DATA:
+                raise ControlRecord
+            if message.fragment:
+                break
+            raise ControlRecord  # an empty record: the connection counts those
+        view = memoryview(buffer).cast("B")
+        if nbytes:
+            view = view[:nbytes]
+        return self._fill(view, message.fragment)
+
+    def read_record(self, flags: int = 0) -> InboundPlainMessage | None:
+        """See ``RecordReceiver``."""
+        message = self._peek(flags)
+        self._message = None
+        return message
+
+    def install(self, keys: TrafficKeys) -> None:
+        """See ``RecordReceiver``."""
+        self._protection = RecordProtection(self._protection.suite, keys)
+
+    def sequence_number(self) -> int:
+        """See ``RecordReceiver``."""
+        return self._protection.sequence_number
+
+    def pending(self) -> int:
+        """See ``RecordReceiver``."""
+        return len(self._message.fragment) if self._message is not None else 0
+
+    @property
+    def protection(self) -> RecordProtection:
+        """The key at work, for a successor that takes over at a boundary."""
+        return self._protection
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether nothing at all is held: the next byte of the TCP stream begins a record."""
+        return not self._buffer and self._message is None and not self._eof
+
+    def _fill(self, view: memoryview, fragment: bytes) -> int:
+        """Deliver ``fragment``, and whole data records behind it as long as they are here and fit."""
+        filled = 0
+        while True:
+            count = min(len(view) - filled, len(fragment))
+            view[filled : filled + count] = fragment[:count]
+            filled += count
+            if count < len(fragment):
+                self._message = InboundPlainMessage(
+                    ContentType.APPLICATION_DATA, fragment[count:]
+                )
+                return filled
+            self._message = None
+            if filled == len(view) or self._missing() > 0:
+                return filled
+            try:
+                self._message = self._open()
+            except KTLSError:
+                return filled  # what was good is delivered first; the next call raises it
+            if self._message.content_type != ContentType.APPLICATION_DATA:
+                return filled
+            fragment = self._message.fragment
+            if not fragment:
+                return filled
+
+    def _peek(self, flags: int) -> InboundPlainMessage | None:
+        """Return the record that is next, opened but not taken, or None at the end of the stream."""
+        if self._message is not None:
+            return self._message
+        if self._dead is not None:
+            raise self._dead
+        while (missing := self._missing()) > 0:
+            if self._eof:
+                return None  # also inside a record: without close_notify it is a truncation either way
+            data = self._sock.recv(missing if self._exact else max(missing, _READ_SIZE), flags)
+            self._eof = not data
+            self._buffer += data
+        self._message = self._open()
+        return self._message
+
+    def _missing(self) -> int:
+        """How many bytes are known to be missing until a whole record is here."""
+        have = len(self._buffer)
+        if have < HEADER_LENGTH:
+            return HEADER_LENGTH - have
+        if self._protection.header_error(self._buffer) is not None:
+            return 0  # ``_open`` refuses it at once
+        length = int.from_bytes(self._buffer[3:HEADER_LENGTH], "big")
+        return max(0, HEADER_LENGTH + length - have)
+
+    def _open(self) -> InboundPlainMessage:
+        header = bytes(self._buffer[:HEADER_LENGTH])
+        end = HEADER_LENGTH + int.from_bytes(header[3:], "big")
+        try:
+            with memoryview(self._buffer) as view, view[HEADER_LENGTH:end] as body:
+                message = self._protection.open(header, body)
+        except KTLSError as error:
+            self._dead = error
+            raise
+        del self._buffer[:end]
+        return message

@@ -1,0 +1,613 @@
+"""The blocking front end: ``KTLSSocket``, a ``socket.socket`` whose bytes are TLS.
+
+Code written for ``ssl.SSLSocket`` works on it unchanged. Underneath a driver runs the records; this module only waits.
+
+Theory of operation
+-------------------
+Two socket objects share the descriptor. ``self`` is what the application holds: its timeout, its address, its options. ``_raw`` is what the record layers use, and it never has a Python
+timeout: with one, Python would poll before each read, and ``poll`` does not show a KeyUpdate that the kernel has decrypted ahead.
+So every operation is tried first, and only when it would block do we poll, until the timeout of ``self``.
+
+Applications with non-blocking sockets poll by themselves. For them each short read is followed by a look for control records that ``poll`` would hide (``driver.settle``).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import select
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable
+from fcntl import F_SETPIPE_SZ, fcntl
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TypeVar, final
+
+from ktls.handshake.engine import HandshakeEngine, engine_for
+from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
+from ktls.protocol.errors import TruncatedError
+from ktls.protocol.limits import KeyUsage
+from ktls.record.meter import MAX_PIECE
+
+from .closing import close_in_background, drop_unread, finish, try_finish
+from .established import Established, EstablishedFacts
+from .files import FileCopier, FileSplicer
+from .pump import HandshakePump
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+__all__ = ("KTLSSocket",)
+
+_T = TypeVar("_T")
+#: ``recv(n)`` allocates n bytes; more than this at once only costs memory.
+_MAX_RECV: Final = 256 * 1024
+_PIPE_SIZE: Final = 256 * 1024
+
+
+@final
+class _RawSocket(socket.socket):
+    """A second socket object for a descriptor that somebody else owns and closes."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.detach()
+
+
+class KTLSSocket(EstablishedFacts, socket.socket):
+    """A TLS connection over TCP, protected by the kernel where it can. Made by ``SSLContext.wrap_socket`` or ``ktls.wrap_socket``.
+
+    As ``ssl.SSLSocket``: timeouts and non-blocking mode (``ssl.SSLWantReadError``, ``ssl.SSLWantWriteError``), ``makefile``, ``suppress_ragged_eofs``, listening
+    sockets whose ``accept`` wraps. More than it: ``offload``, ``key_usage``, ``refresh_traffic_keys``, ``sendfile`` without a copy, ``recvfile``, half close.
+
+    One thread may read while another writes and a third refreshes keys.
+    """
+
+    __slots__ = (
+        "_context",
+        "_driver",
+        "_established",
+        "_handshake_on_connect",
+        "_pipe",
+        "_pump",
+        "_raw",
+        "_server_hostname",
+        "_server_side",
+        "_session",
+        "_settings",
+        "_suppress_ragged_eofs",
+        "_unavailable",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        settings: Settings,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+        do_handshake_on_connect: bool = True,
+        suppress_ragged_eofs: bool = True,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
+            raise NotImplementedError("only stream sockets are supported")
+        if server_side and (server_hostname or session is not None):
+            raise ValueError("server_hostname and session can only be specified in client mode")
+        if context.check_hostname and not server_side and not server_hostname:
+            raise ValueError("check_hostname requires server_hostname")
+        engine_for(context)  # refuses a context that is not ssl's own before the socket changes hands
+        timeout = sock.gettimeout()
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        sock.detach()
+        self._raw = _RawSocket(self.family, self.type, self.proto, fileno=self.fileno())
+        self._context = context
+        self._settings = settings
+        self._server_side = server_side
+        self._server_hostname = server_hostname
+        self._handshake_on_connect = do_handshake_on_connect
+        self._suppress_ragged_eofs = suppress_ragged_eofs
+        self._session = session
+        self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
+        self._driver: RecordDriver | None = None
+        self._established = None
+        self._unavailable: str | None = None
+        self._pipe: tuple[int, int] | None = None
+        self.settimeout(timeout)
+        try:
+            if self._is_connected():
+                self._connected()
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = "no handshake yet" if self._driver is None else f"{self.offload}"
+        return f"<ktls.KTLSSocket fd={self.fileno()} {self.version()} {state}>"
+
+    # --- before the handshake ----------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """The context that the socket was made with."""
+        return self._context
+
+    @property
+    def server_side(self) -> bool:
+        """Whether we are the server."""
+        return self._server_side
+
+    @property
+    def server_hostname(self) -> str | None:
+        """The name of the server that was asked for; on a server, the one that the client asked for (SNI)."""
+        if self._server_side and self._established is not None:
+            return self._established.info.server_name
+        return self._server_hostname
+
+    def connect(self, address: Any) -> None:
+        """Connect, and shake hands unless ``do_handshake_on_connect`` is off."""
+        if self._server_side:
+            raise ValueError("can't connect in server-side mode")
+        super().connect(address)
+        self._connected()
+
+    def connect_ex(self, address: Any) -> int:
+        """Connect as ``connect`` does, but return an errno instead of raising for errors of the connect call."""
+        if self._server_side:
+            raise ValueError("can't connect in server-side mode")
+        error = super().connect_ex(address)
+        if not error:
+            self._connected()
+        return error
+
+    def accept(self) -> tuple[KTLSSocket, Any]:  # type: ignore[override]  # a wrapped socket is what is meant
+        """Accept a connection and wrap it with the settings of this socket; shakes hands unless that is off."""
+        sock, address = super().accept()
+        try:
+            return self._wrap_accepted(sock), address
+        except BaseException:
+            sock.close()
+            raise
+
+    def _wrap_accepted(self, sock: socket.socket) -> KTLSSocket:
+        return type(self)(
+            sock,
+            self._context,
+            settings=self._settings,
+            server_side=True,
+            do_handshake_on_connect=self._handshake_on_connect,
+            suppress_ragged_eofs=self._suppress_ragged_eofs,
+        )
+
+    def _is_connected(self) -> bool:
+        try:
+            self.getpeername()
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EINVAL):
+                raise
+            return False
+        return True
+
+    def _connected(self) -> None:
+        self._unavailable = prepare(self._raw, self._settings.offload)
+        if self._handshake_on_connect:
+            if self.gettimeout() == 0.0:
+                raise ValueError(
+                    "do_handshake_on_connect should not be specified for non-blocking sockets"
+                )
+            self.do_handshake()
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Shake hands; does nothing if that was done. ``block``: without a timeout, whatever the socket's.
+
+        Raises what the engine raises (``ssl.SSLCertVerificationError``, ...), ``OffloadError``, ``TimeoutError``, ``ssl.SSLWantReadError``.
+        """
+        if self._driver is not None:
+            return
+        timeout = self.gettimeout()
+        if block and timeout == 0.0:
+            self.settimeout(None)
+        try:
+            if self._pump is None:
+                self._pump = self._start()
+            pump, engine = self._pump
+            self._perform(pump.run, lambda: pump.wants_write)
+        finally:
+            if block and timeout == 0.0:
+                self.settimeout(timeout)
+        self._pump = None
+        result = engine.result()
+        self._driver, reason = hand_off(
+            self._raw,
+            result,
+            policy=self._settings.offload,
+            unavailable=self._unavailable,
+            limits=self._settings.key_limits,
+        )
+        self._established = Established.of(result, reason)
+        self._session = None
+
+    def _start(self) -> tuple[HandshakePump, HandshakeEngine]:
+        self.getpeername()  # ENOTCONN is clearer than what the engine would say
+        cache = self._settings.session_cache
+        on_session: Callable[[ssl.SSLSession], None] | None = None
+        if cache is not None and not self._server_side and self._server_hostname:
+            key = (self._server_hostname, int(self.getpeername()[1]))
+            if self._session is None:
+                self._session = cache.take(key)
+            on_session = functools.partial(cache.store, key)
+        engine = engine_for(self._context)(
+            self._context,
+            server_side=self._server_side,
+            server_hostname=self._server_hostname,
+            session=self._session,
+            keep_session=self._settings.keep_session,
+            on_session=on_session,
+        )
+        return HandshakePump(self._raw, engine), engine
+
+    # --- what is going on --------------------------------------------------------------------------------------
+
+    @property
+    def offload(self) -> Offload:
+        """Where the records are protected, and why not in the kernel. ``ValueError`` before the handshake."""
+        driver, facts = self._running(), self._facts()
+        return Offload(driver.tx_layer, driver.rx_layer, facts.offload_reason)
+
+    @property
+    def key_usage(self) -> KeyUsage:
+        """Records protected by the current keys, exactly, from the record layers' own counters. ``ValueError`` before the handshake."""
+        return self._running().key_usage()
+
+    def refresh_traffic_keys(self, request_peer: bool = False) -> None:
+        """Change our sending key (KeyUpdate), and ask the peer to change its own with ``request_peer``.
+
+        ``LocalProtocolError``: TLS 1.2, a kernel without rekey, our side is closed; nothing changed. On a non-blocking socket, or after a ``TimeoutError``, the change may still
+        be pending; it happens before the next data is sent.
+        """
+        driver = self._ready()
+        try:
+            driver.refresh_traffic_keys(request_peer)
+        except BlockingIOError:
+            if self.gettimeout() != 0.0:
+                self._perform(lambda: self._push_owed(driver), _always)
+
+    @staticmethod
+    def _push_owed(driver: RecordDriver) -> None:
+        driver.run_owed()
+        if driver.owes:
+            raise BlockingIOError(errno.EAGAIN, "commands are still owed")
+
+    def pending(self) -> int:
+        """Return how many decrypted bytes can be read that ``poll`` does not show."""
+        return self._driver.pending() if self._driver is not None else 0
+
+    def _running(self) -> RecordDriver:
+        if self._driver is None:
+            raise ValueError("handshake not done yet")
+        return self._driver
+
+    def _ready(self) -> RecordDriver:
+        """Return the driver, shaking hands first if that was put off."""
+        if self._driver is None:
+            self.do_handshake()
+        return self._running()
+
+    # --- receiving ---------------------------------------------------------------------------------------------
+
+    def recv_into(self, buffer: WriteableBuffer, nbytes: int | None = None, flags: int = 0) -> int:
+        """Receive into ``buffer``; 0 at the end. Raises ``KTLSError`` of several kinds (see ``ktls.protocol.errors``), ``OSError``, ``TimeoutError``."""
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to recv_into() on {type(self)}")
+        with memoryview(buffer).cast("B") as view:
+            size = nbytes or len(view)
+            if size < 0 or size > len(view):
+                raise ValueError("nbytes must be between 0 and the size of the buffer")
+            return self._recv_into(view, size) if size else 0
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        """Receive up to ``bufsize`` bytes; b"" at the end. Raises as ``recv_into``."""
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to recv() on {type(self)}")
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")
+        if not bufsize:
+            return b""
+        buffer = bytearray(min(bufsize, _MAX_RECV))
+        count = self._recv_into(buffer, len(buffer))
+        del buffer[count:]
+        return bytes(buffer)
+
+    def read(self, len: int = 1024, buffer: WriteableBuffer | None = None) -> int | bytes:
+        """Receive as ``ssl.SSLSocket.read`` does: bytes, or a count if there is a ``buffer``."""
+        return self.recv(len) if buffer is None else self.recv_into(buffer, len)
+
+    def _recv_into(self, buffer: bytearray | memoryview, size: int) -> int:
+        driver = self._driver or self._ready()
+        try:
+            try:
+                count = driver.recv_into(buffer, size)
+            except BlockingIOError:
+                count = self._perform(lambda: driver.recv_into(buffer, size), _never)
+        except TruncatedError:
+            if not self._suppress_ragged_eofs:
+                raise
+            return 0
+        if count < size and self.gettimeout() == 0.0:
+            driver.settle()
+        return count
+
+    def recvfile(self, file: IO[bytes], count: int | None = None) -> int:
+        """Receive ``count`` bytes (None: all until the end) into ``file`` at its position; return how many came before the end.
+
+        Uses ``splice``: what the kernel decrypts goes into the file without passing through this process. Otherwise, copies.
+        Raises as ``recv_into``, and ``OSError`` from the file; bytes that were on their way into it are lost then, so close the connection.
+        """
+        driver = self._ready()
+        file.flush()
+        if driver.rx_layer == "kernel" and not driver.pending():
+            mover = FileSplicer(driver, self._get_pipe(), file)
+        else:
+            mover = FileCopier(driver, file)
+        total = 0
+        try:
+            while count is None or total < count:
+                want = _PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total)
+                moved = self._perform(functools.partial(mover.move, want), _never)
+                if not moved:
+                    break
+                total += moved
+        except TruncatedError:
+            if not self._suppress_ragged_eofs:
+                raise
+        finally:
+            mover.finish()
+        return total
+
+    # --- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, data: ReadableBuffer, flags: int = 0) -> int:
+        """Send; return how many bytes were accepted. Raises ``KTLSError`` of several kinds, ``OSError``, ``TimeoutError``."""
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to send() on {type(self)}")
+        driver = self._driver or self._ready()
+        view = data if isinstance(data, bytes | bytearray) else memoryview(data).cast("B")
+        try:
+            return driver.send(view)
+        except BlockingIOError:
+            return self._perform(lambda: driver.send(view), _always)
+
+    def sendall(self, data: ReadableBuffer, flags: int = 0) -> None:
+        """Send all of ``data``. After an exception it is unknown how much was accepted."""
+        with memoryview(data) as whole, whole.cast("B") as view:
+            size = len(view)
+            sent = self.send(view, flags)
+            while sent < size:
+                sent += self.send(view[sent:], flags)
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Send as ``ssl.SSLSocket.write`` does."""
+        return self.send(data)
+
+    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+        """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
+
+        With kernel TLS that is ``os.sendfile``: nothing is copied to this process, keys are metered and refreshed in time. Files without a descriptor are read and sent.
+        The file's position is behind the last byte sent, also after an exception. ``ValueError`` on non-blocking sockets, as ``socket.sendfile``.
+        """
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if self.gettimeout() == 0.0:
+            raise ValueError("non-blocking sockets are not supported")
+        driver = self._ready()
+        try:
+            fd = file.fileno()
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except (AttributeError, io.UnsupportedOperation):
+            regular = False
+        if not regular:
+            return self._sendfile_use_send(file, offset, count)
+        total = 0
+        try:
+            while count is None or total < count:
+                piece = MAX_PIECE if count is None else min(MAX_PIECE, count - total)
+                sent = self._perform(
+                    functools.partial(driver.sendfile, fd, offset + total, piece), _always
+                )
+                if not sent:
+                    break
+                total += sent
+        finally:
+            if total:
+                file.seek(offset + total)
+        return total
+
+    def _sendfile_use_send(self, file: IO[bytes], offset: int, count: int | None) -> int:
+        if offset:
+            file.seek(offset)
+        total = 0
+        while count is None or total < count:
+            data = file.read(_PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total))
+            if not data:
+                break
+            self.sendall(data)
+            total += len(data)
+        return total
+
+    # --- ending ------------------------------------------------------------------------------------------------
+
+    def shutdown(self, how: int) -> None:
+        """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
+
+        Non-blocking: ``ssl.SSLWantWriteError`` until all is out; call again.
+        """
+        if how == socket.SHUT_RD or self._driver is None:
+            super().shutdown(how)
+            return
+        if self.gettimeout() == 0.0:
+            if not try_finish(self._raw, self._driver):
+                raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "data is still under way")
+        else:
+            self._finish(self._driver)
+        if how == socket.SHUT_RDWR:
+            super().shutdown(socket.SHUT_RD)
+
+    def unwrap(self) -> socket.socket:
+        """Close both directions of TLS in order: send close_notify, wait for the peer's; return a socket for what may follow in plain text.
+
+        A socket with kernel TLS can't become plain again: then ``self`` is returned, closed for both directions. Data that comes before the peer's close_notify is dropped.
+        """
+        driver = self._running()
+        self._perform(lambda: driver.close_notify(), _always)
+        scrap = bytearray(_PIPE_SIZE)
+        while self._perform(lambda: driver.recv_into(scrap), _never):
+            pass
+        if "kernel" in (driver.tx_layer, driver.rx_layer):
+            return self
+        self._perform(driver.flush, _always)
+        self._raw.detach()
+        return socket.socket(self.family, self.type, self.proto, fileno=self.detach())
+
+    def detach(self) -> int:
+        """Give the descriptor away without closing anything. With kernel TLS its new holder can go on, and see the keys."""
+        self._raw.detach()
+        self._release()
+        return super().detach()
+
+    def _real_close(self) -> None:
+        driver, self._driver = self._driver, None
+        try:
+            if driver is not None:
+                self._close_tls(driver)
+        finally:
+            self._raw.detach()
+            self._release()
+            super()._real_close()  # type: ignore[misc]  # not in typeshed; ssl.SSLSocket overrides it too
+
+    def _close_tls(self, driver: RecordDriver) -> None:
+        try:
+            if self.gettimeout() != 0.0:
+                self._finish(driver)
+            elif not try_finish(self._raw, driver):
+                self._raw.detach()
+                heir = socket.socket(self.family, self.type, self.proto, fileno=super().detach())
+                close_in_background(heir, driver, self._settings.shutdown_timeout)
+                return
+        except TimeoutError:
+            raise  # data was lost, and only we know
+        except OSError:
+            return  # the peer has gone: that is what closing is for
+        drop_unread(self._raw)
+
+    def _finish(self, driver: RecordDriver) -> None:
+        timeout = self.gettimeout()
+        limit = self._settings.shutdown_timeout
+        finish(self._raw, driver, limit if timeout is None else min(timeout, limit))
+        self._raw.setblocking(timeout is None)
+
+    def _release(self) -> None:
+        """Let go of what a connection holds beside its descriptor."""
+        tickets = self._established.tickets if self._established is not None else None
+        if tickets is not None:
+            tickets.close()
+        if self._pipe is not None:
+            for fd in self._pipe:
+                os.close(fd)
+            self._pipe = None
+
+    # --- waiting -----------------------------------------------------------------------------------------------
+
+    def settimeout(self, value: float | None) -> None:
+        """Set the timeout in seconds of every operation; None: wait for ever; 0: non-blocking."""
+        super().settimeout(value)
+        # The record layers never see a Python timeout (see the theory above).
+        self._raw.settimeout(None if value is None else 0.0)
+
+    def setblocking(self, flag: bool) -> None:
+        """Set blocking or non-blocking mode."""
+        self.settimeout(None if flag else 0.0)
+
+    def _perform(self, operation: Callable[[], _T], writes: Callable[[], bool]) -> _T:
+        """Run ``operation``, and whenever it would block wait, until the timeout. ``writes`` says what it waits for."""
+        timeout = self.gettimeout()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return operation()
+            except BlockingIOError:
+                pass
+            write = writes()
+            if timeout == 0.0:
+                kind = ssl.SSLWantWriteError if write else ssl.SSLWantReadError
+                code = ssl.SSL_ERROR_WANT_WRITE if write else ssl.SSL_ERROR_WANT_READ
+                raise kind(code, "The operation did not complete")
+            self._wait(write, deadline)
+
+    def _wait(self, write: bool, deadline: float | None) -> None:
+        driver = self._driver
+        events = select.POLLOUT if write else select.POLLIN
+        if driver is not None and driver.owes:
+            events |= select.POLLOUT  # an owed answer need not wait for the next data
+        poller = select.poll()
+        poller.register(self.fileno(), events)
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = poller.poll(None if remaining is None else remaining * 1000)
+        if not ready and deadline is not None and time.monotonic() >= deadline:
+            raise TimeoutError(f"The {'write' if write else 'read'} operation timed out")
+        if driver is not None and driver.owes:
+            driver.run_owed()
+
+    def _get_pipe(self) -> tuple[int, int]:
+        if self._pipe is None:
+            self._pipe = os.pipe2(os.O_CLOEXEC)
+            fcntl(self._pipe[1], F_SETPIPE_SZ, _PIPE_SIZE)
+        return self._pipe
+
+    # --- what makes no sense on TLS ----------------------------------------------------------------------------
+
+    def _unsupported(self, name: str) -> NoReturn:
+        raise NotImplementedError(f"{name} not allowed on instances of {type(self).__name__}")
+
+    def dup(self) -> NoReturn:
+        """Not possible: two objects can't share the state of one connection."""
+        self._unsupported("dup")
+
+    def recvfrom(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible on a stream of records."""
+        self._unsupported("recvfrom")
+
+    def recvfrom_into(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible on a stream of records."""
+        self._unsupported("recvfrom_into")
+
+    def recvmsg(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: control messages are the record layer's."""
+        self._unsupported("recvmsg")
+
+    def recvmsg_into(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: control messages are the record layer's."""
+        self._unsupported("recvmsg_into")
+
+    def sendmsg(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: control messages are the record layer's."""
+        self._unsupported("sendmsg")
+
+    def sendto(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible on a stream of records."""
+        self._unsupported("sendto")
+
+
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
