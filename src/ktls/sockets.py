@@ -232,25 +232,28 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         )
         self._established = Established.of(result, reason)
         self._session = None
+        cache, key = self._settings.session_cache, self._cache_key()
+        if cache is not None and key is not None and result.tickets is not None:
+            result.tickets.subscribe(functools.partial(cache.store, key))
 
     def _start(self) -> tuple[HandshakePump, HandshakeEngine]:
         self.getpeername()  # ENOTCONN is clearer than what the engine would say
-        cache = self._settings.session_cache
-        on_session: Callable[[ssl.SSLSession], None] | None = None
-        if cache is not None and not self._server_side and self._server_hostname:
-            key = (self._server_hostname, int(self.getpeername()[1]))
-            if self._session is None:
-                self._session = cache.take(key)
-            on_session = functools.partial(cache.store, key)
+        cache, key = self._settings.session_cache, self._cache_key()
+        if cache is not None and key is not None and self._session is None:
+            self._session = cache.take(key)
         engine = engine_for(self._context)(
             self._context,
             server_side=self._server_side,
             server_hostname=self._server_hostname,
             session=self._session,
             keep_session=self._settings.keep_session,
-            on_session=on_session,
         )
         return HandshakePump(self._raw, engine), engine
+
+    def _cache_key(self) -> tuple[str, int] | None:
+        if self._server_side or not self._server_hostname:
+            return None
+        return self._server_hostname, int(self.getpeername()[1])
 
     # --- what is going on --------------------------------------------------------------------------------------
 

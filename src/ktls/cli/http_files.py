@@ -65,7 +65,7 @@ class FileServer(ThreadingHTTPServer):
         self.address_family = family
         self.directory = str(directory)
         self._context = context
-        super().__init__(address, _Handler)  # type: ignore[arg-type]  # IPv6 addresses have four parts
+        super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
         """Bind; ``HTTPServer`` would ask the DNS for our name here."""
@@ -83,7 +83,7 @@ class FileServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line why a connection ended early."""
-        error = sys.exception() if sys.version_info >= (3, 11) else sys.exc_info()[1]
+        error = sys.exception()
         what = str(error) or type(error).__name__
         print(f"{client_address[0]}: connection ended: {_printable(what)}", file=sys.stderr)
 
@@ -254,6 +254,5 @@ def _open_regular(path: str) -> IO[bytes]:
 def _printable(text: str) -> str:
     """Escape what could forge log lines or drive a terminal."""
     return "".join(
-        char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02x}"
-        for char in text
+        char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
     )

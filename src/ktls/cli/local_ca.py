@@ -63,7 +63,7 @@ def local_identity(host: str, directory: Path | None = None) -> Identity:
     directory = directory or data_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     names = _names(host)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     identity = Identity(directory / "cert.pem", directory / "key.pem", directory / "ca.pem")
     with _locked(directory):
         ca = _load(identity.ca, directory / "ca-key.pem")

@@ -22,6 +22,8 @@ from .local_ca import Identity, local_identity
 if TYPE_CHECKING:
     from types import FrameType
 
+    from ktls.handshake.handoff import OffloadPolicy
+
 __all__ = ("command",)
 
 _BIND_ERRORS: Final = {
@@ -34,7 +36,9 @@ _BIND_ERRORS: Final = {
 @click.command()
 @click.argument("directory", metavar="DIR")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8443, show_default=True, help="0: any.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8443, show_default=True, help="0: any."
+)
 @click.option("--cert", metavar="FILE", help="Certificate chain, PEM.")
 @click.option("--key", metavar="FILE", help="Its private key, PEM, if not in the same file.")
 @click.option(
@@ -45,7 +49,13 @@ _BIND_ERRORS: Final = {
     help="Who protects the records.",
 )
 def command(
-    *, directory: str, host: str, port: int, cert: str | None, key: str | None, offload: str
+    *,
+    directory: str,
+    host: str,
+    port: int,
+    cert: str | None,
+    key: str | None,
+    offload: OffloadPolicy,
 ) -> int:
     """Serve the files in DIR over HTTPS.
 
@@ -81,7 +91,7 @@ def _local_identity(host: str) -> Identity:
 
 
 def _context(
-    identity: Identity | None, cert: str | None, key: str | None, offload: str
+    identity: Identity | None, cert: str | None, key: str | None, offload: OffloadPolicy
 ) -> ktls.SSLContext:
     certificate = str(identity.certificate) if identity else cert or ""
     key_file = str(identity.key) if identity else key or certificate
@@ -90,15 +100,16 @@ def _context(
             Path(path).open("rb").close()
         except OSError as error:
             raise Failure(f"cannot read {path}: {reason(error)}") from error
-    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.offload = offload
+    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH, offload=offload)
     try:
         context.load_cert_chain(certificate, key_file, password=_refuse_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             message = f"the key in {key_file} does not belong to the certificate in {certificate}"
         else:
-            message = f"{certificate} and {key_file} are not a certificate and its key in PEM format"
+            message = (
+                f"{certificate} and {key_file} are not a certificate and its key in PEM format"
+            )
         raise Failure(message) from error
     return context
 
@@ -127,8 +138,12 @@ def _announce(server: FileServer, host: str, root: Path, identity: Identity | No
     url = f"https://{name}:{server.server_address[1]}/"
     if identity is not None:
         installed = "/usr/local/share/ca-certificates/ktls-local-ca.crt"
-        click.echo(f"certificate of a local CA; for one command: ktls get --cacert {identity.ca} {url}...")
-        click.echo(f"to trust it (Debian): sudo cp {identity.ca} {installed} && sudo update-ca-certificates")
+        click.echo(
+            f"certificate of a local CA; for one command: ktls get --cacert {identity.ca} {url}..."
+        )
+        click.echo(
+            f"to trust it (Debian): sudo cp {identity.ca} {installed} && sudo update-ca-certificates"
+        )
     click.echo(f"listening on {url} (files in {root})")
 
 

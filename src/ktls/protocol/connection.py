@@ -192,11 +192,14 @@ class KernelConnection:
         return self._reassembler.pending
 
     def record_limit(self, direction: Direction) -> int | None:
-        """Sequence number at which the current key of ``direction`` is to be replaced, or else its use ends; None: never."""
+        """Sequence number at which the current key of ``direction`` is to be replaced, or else its use ends; None: never.
+
+        A receiving key has no end (RFC 9846 §5.5), so there is no limit where nobody could be asked for a new one.
+        """
         aead = self.cipher_suite.aead
-        if direction is Direction.RX or self.tx_key_can_change:
+        if self.tx_key_can_change:
             return self.limits.refresh_at(aead)
-        return self.limits.end_at(aead)
+        return self.limits.end_at(aead) if direction is Direction.TX else None
 
     # --- receiving ---------------------------------------------------------------------------------------------
 
@@ -434,8 +437,7 @@ class KernelConnection:
         return UpdateRxKey(secret.keys(), secret.generation)
 
     def _advance(self, half: _Half, now: float) -> TrafficSecret:
-        if half.secret is None:
-            raise AssertionError("a KeyUpdate passed the rules of TLS 1.2")
+        assert half.secret is not None  # the rules let no KeyUpdate through in TLS 1.2
         half.secret = half.secret.next()
         half.generation = half.secret.generation
         half.since = now
