@@ -34,7 +34,9 @@ class SSLContext(ssl.SSLContext):
         super().__init__()
         self._ktls_settings = Settings(session_cache=SessionCache())
 
-    def __new__(cls, protocol: int = ssl.PROTOCOL_TLS_CLIENT, *args: Any, **kwargs: Any) -> SSLContext:
+    def __new__(
+        cls, protocol: int = ssl.PROTOCOL_TLS_CLIENT, *args: Any, **kwargs: Any
+    ) -> SSLContext:
         """Make a context for clients, or for servers with ``ssl.PROTOCOL_TLS_SERVER``."""
         return super().__new__(cls, protocol)
 
@@ -85,7 +87,7 @@ class SSLContext(ssl.SSLContext):
     def session_cache(self, cache: SessionCache | None) -> None:
         self._ktls_settings.session_cache = cache
 
-    @property
+    @property  # type: ignore[override]  # typeshed forgets that it may be None
     def keylog_filename(self) -> str | None:
         """Where the user wants TLS secrets logged (RFC 9850), the secrets of KeyUpdates included; None for nowhere."""
         return tap_for(self).user_keylog

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import IO, Final, final
+from typing import IO, Final, Protocol, TypeAlias, final
 
 from ktls.handshake.handoff import RecordDriver
 
-__all__ = ("FileCopier", "FileSplicer")
+__all__ = ("FileCopier", "FileMover", "FileSplicer", "SendableFile")
 
 _COPY_SIZE: Final = 64 * 1024
+
+
+class SendableFile(Protocol):
+    """What ``sendfile`` needs of a file; with a ``fileno`` of a regular file nothing is copied."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read up to ``size`` bytes; b"" at the end."""
+        ...
+
+    def seek(self, offset: int, /) -> object:
+        """Set the position."""
+        ...
 
 
 @final
@@ -71,3 +83,7 @@ class FileCopier:
 
     def finish(self) -> None:
         """Nothing is held back."""
+
+
+#: Either of them.
+FileMover: TypeAlias = FileSplicer | FileCopier

@@ -2,13 +2,7 @@
 
 Code written for ``ssl.SSLSocket`` works on it unchanged. Underneath a driver runs the records; this module only waits.
 
-Theory of operation
--------------------
-Two socket objects share the descriptor. ``self`` is what the application holds: its timeout, its address, its options. ``_raw`` is what the record layers use, and it never has a Python
-timeout: with one, Python would poll before each read, and ``poll`` does not show a KeyUpdate that the kernel has decrypted ahead.
-So every operation is tried first, and only when it would block do we poll, until the timeout of ``self``.
-
-Applications with non-blocking sockets poll by themselves. For them each short read is followed by a look for control records that ``poll`` would hide (``driver.settle``).
+How it waits is in ``waiting``. Applications with non-blocking sockets poll by themselves. For them each short read is followed by a look for control records that ``poll`` would hide (``driver.settle``).
 """
 
 from __future__ import annotations
@@ -17,14 +11,12 @@ import errno
 import functools
 import io
 import os
-import select
 import socket
 import ssl
 import stat
-import time
 from collections.abc import Callable
 from fcntl import F_SETPIPE_SZ, fcntl
-from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TypeVar, final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from ktls.handshake.engine import HandshakeEngine, engine_for
 from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
@@ -34,32 +26,22 @@ from ktls.record.meter import MAX_PIECE
 
 from .closing import close_in_background, drop_unread, finish, try_finish
 from .established import Established, EstablishedFacts
-from .files import FileCopier, FileSplicer
+from .files import FileCopier, FileMover, FileSplicer, SendableFile
 from .pump import HandshakePump
 from .settings import Settings
+from .waiting import WaitingSocket, for_read, for_write
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 __all__ = ("KTLSSocket",)
 
-_T = TypeVar("_T")
 #: ``recv(n)`` allocates n bytes; more than this at once only costs memory.
 _MAX_RECV: Final = 256 * 1024
 _PIPE_SIZE: Final = 256 * 1024
 
 
-@final
-class _RawSocket(socket.socket):
-    """A second socket object for a descriptor that somebody else owns and closes."""
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        self.detach()
-
-
-class KTLSSocket(EstablishedFacts, socket.socket):
+class KTLSSocket(EstablishedFacts, WaitingSocket):
     """A TLS connection over TCP, protected by the kernel where it can. Made by ``SSLContext.wrap_socket`` or ``ktls.wrap_socket``.
 
     As ``ssl.SSLSocket``: timeouts and non-blocking mode (``ssl.SSLWantReadError``, ``ssl.SSLWantWriteError``), ``makefile``, ``suppress_ragged_eofs``, listening
@@ -70,12 +52,10 @@ class KTLSSocket(EstablishedFacts, socket.socket):
 
     __slots__ = (
         "_context",
-        "_driver",
         "_established",
         "_handshake_on_connect",
         "_pipe",
         "_pump",
-        "_raw",
         "_server_hostname",
         "_server_side",
         "_session",
@@ -102,11 +82,10 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             raise ValueError("server_hostname and session can only be specified in client mode")
         if context.check_hostname and not server_side and not server_hostname:
             raise ValueError("check_hostname requires server_hostname")
-        engine_for(context)  # refuses a context that is not ssl's own before the socket changes hands
-        timeout = sock.gettimeout()
-        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.fileno())
-        sock.detach()
-        self._raw = _RawSocket(self.family, self.type, self.proto, fileno=self.fileno())
+        engine_for(
+            context
+        )  # refuses a context that is not ssl's own before the socket changes hands
+        super().__init__(sock)
         self._context = context
         self._settings = settings
         self._server_side = server_side
@@ -115,11 +94,9 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         self._suppress_ragged_eofs = suppress_ragged_eofs
         self._session = session
         self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
-        self._driver: RecordDriver | None = None
         self._established = None
         self._unavailable: str | None = None
         self._pipe: tuple[int, int] | None = None
-        self.settimeout(timeout)
         try:
             if self._is_connected():
                 self._connected()
@@ -166,7 +143,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             self._connected()
         return error
 
-    def accept(self) -> tuple[KTLSSocket, Any]:  # type: ignore[override]  # a wrapped socket is what is meant
+    def accept(self) -> tuple[KTLSSocket, Any]:
         """Accept a connection and wrap it with the settings of this socket; shakes hands unless that is off."""
         sock, address = super().accept()
         try:
@@ -217,7 +194,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             if self._pump is None:
                 self._pump = self._start()
             pump, engine = self._pump
-            self._perform(pump.run, lambda: pump.wants_write)
+            self.perform(pump.run, lambda: pump.wants_write)
         finally:
             if block and timeout == 0.0:
                 self.settimeout(timeout)
@@ -279,7 +256,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             driver.refresh_traffic_keys(request_peer)
         except BlockingIOError:
             if self.gettimeout() != 0.0:
-                self._perform(lambda: self._push_owed(driver), _always)
+                self.perform(lambda: self._push_owed(driver), for_write)
 
     @staticmethod
     def _push_owed(driver: RecordDriver) -> None:
@@ -337,7 +314,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             try:
                 count = driver.recv_into(buffer, size)
             except BlockingIOError:
-                count = self._perform(lambda: driver.recv_into(buffer, size), _never)
+                count = self.perform(lambda: driver.recv_into(buffer, size), for_read)
         except TruncatedError:
             if not self._suppress_ragged_eofs:
                 raise
@@ -355,14 +332,14 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         driver = self._ready()
         file.flush()
         if driver.rx_layer == "kernel" and not driver.pending():
-            mover = FileSplicer(driver, self._get_pipe(), file)
+            mover: FileMover = FileSplicer(driver, self._get_pipe(), file)
         else:
             mover = FileCopier(driver, file)
         total = 0
         try:
             while count is None or total < count:
                 want = _PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total)
-                moved = self._perform(functools.partial(mover.move, want), _never)
+                moved = self.perform(functools.partial(mover.move, want), for_read)
                 if not moved:
                     break
                 total += moved
@@ -384,7 +361,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         try:
             return driver.send(view)
         except BlockingIOError:
-            return self._perform(lambda: driver.send(view), _always)
+            return self.perform(lambda: driver.send(view), for_write)
 
     def sendall(self, data: ReadableBuffer, flags: int = 0) -> None:
         """Send all of ``data``. After an exception it is unknown how much was accepted."""
@@ -398,7 +375,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         """Send as ``ssl.SSLSocket.write`` does."""
         return self.send(data)
 
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
         """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
 
         With kernel TLS that is ``os.sendfile``: nothing is copied to this process, keys are metered and refreshed in time. Files without a descriptor are read and sent.
@@ -412,7 +389,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
             raise ValueError("non-blocking sockets are not supported")
         driver = self._ready()
         try:
-            fd = file.fileno()
+            fd = getattr(file, "fileno")()  # noqa: B009  # BytesIO has one that raises, other readers have none
             regular = stat.S_ISREG(os.fstat(fd).st_mode)
         except (AttributeError, io.UnsupportedOperation):
             regular = False
@@ -422,8 +399,8 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         try:
             while count is None or total < count:
                 piece = MAX_PIECE if count is None else min(MAX_PIECE, count - total)
-                sent = self._perform(
-                    functools.partial(driver.sendfile, fd, offset + total, piece), _always
+                sent = self.perform(
+                    functools.partial(driver.sendfile, fd, offset + total, piece), for_write
                 )
                 if not sent:
                     break
@@ -433,7 +410,7 @@ class KTLSSocket(EstablishedFacts, socket.socket):
                 file.seek(offset + total)
         return total
 
-    def _sendfile_use_send(self, file: IO[bytes], offset: int, count: int | None) -> int:
+    def _sendfile_use_send(self, file: SendableFile, offset: int, count: int | None) -> int:
         if offset:
             file.seek(offset)
         total = 0
@@ -469,13 +446,13 @@ class KTLSSocket(EstablishedFacts, socket.socket):
         A socket with kernel TLS can't become plain again: then ``self`` is returned, closed for both directions. Data that comes before the peer's close_notify is dropped.
         """
         driver = self._running()
-        self._perform(lambda: driver.close_notify(), _always)
+        self.perform(lambda: driver.close_notify(), for_write)
         scrap = bytearray(_PIPE_SIZE)
-        while self._perform(lambda: driver.recv_into(scrap), _never):
+        while self.perform(lambda: driver.recv_into(scrap), for_read):
             pass
         if "kernel" in (driver.tx_layer, driver.rx_layer):
             return self
-        self._perform(driver.flush, _always)
+        self.perform(driver.flush, for_write)
         self._raw.detach()
         return socket.socket(self.family, self.type, self.proto, fileno=self.detach())
 
@@ -526,91 +503,8 @@ class KTLSSocket(EstablishedFacts, socket.socket):
                 os.close(fd)
             self._pipe = None
 
-    # --- waiting -----------------------------------------------------------------------------------------------
-
-    def settimeout(self, value: float | None) -> None:
-        """Set the timeout in seconds of every operation; None: wait for ever; 0: non-blocking."""
-        super().settimeout(value)
-        # The record layers never see a Python timeout (see the theory above).
-        self._raw.settimeout(None if value is None else 0.0)
-
-    def setblocking(self, flag: bool) -> None:
-        """Set blocking or non-blocking mode."""
-        self.settimeout(None if flag else 0.0)
-
-    def _perform(self, operation: Callable[[], _T], writes: Callable[[], bool]) -> _T:
-        """Run ``operation``, and whenever it would block wait, until the timeout. ``writes`` says what it waits for."""
-        timeout = self.gettimeout()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                return operation()
-            except BlockingIOError:
-                pass
-            write = writes()
-            if timeout == 0.0:
-                kind = ssl.SSLWantWriteError if write else ssl.SSLWantReadError
-                code = ssl.SSL_ERROR_WANT_WRITE if write else ssl.SSL_ERROR_WANT_READ
-                raise kind(code, "The operation did not complete")
-            self._wait(write, deadline)
-
-    def _wait(self, write: bool, deadline: float | None) -> None:
-        driver = self._driver
-        events = select.POLLOUT if write else select.POLLIN
-        if driver is not None and driver.owes:
-            events |= select.POLLOUT  # an owed answer need not wait for the next data
-        poller = select.poll()
-        poller.register(self.fileno(), events)
-        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = poller.poll(None if remaining is None else remaining * 1000)
-        if not ready and deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"The {'write' if write else 'read'} operation timed out")
-        if driver is not None and driver.owes:
-            driver.run_owed()
-
     def _get_pipe(self) -> tuple[int, int]:
         if self._pipe is None:
             self._pipe = os.pipe2(os.O_CLOEXEC)
             fcntl(self._pipe[1], F_SETPIPE_SZ, _PIPE_SIZE)
         return self._pipe
-
-    # --- what makes no sense on TLS ----------------------------------------------------------------------------
-
-    def _unsupported(self, name: str) -> NoReturn:
-        raise NotImplementedError(f"{name} not allowed on instances of {type(self).__name__}")
-
-    def dup(self) -> NoReturn:
-        """Not possible: two objects can't share the state of one connection."""
-        self._unsupported("dup")
-
-    def recvfrom(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible on a stream of records."""
-        self._unsupported("recvfrom")
-
-    def recvfrom_into(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible on a stream of records."""
-        self._unsupported("recvfrom_into")
-
-    def recvmsg(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: control messages are the record layer's."""
-        self._unsupported("recvmsg")
-
-    def recvmsg_into(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: control messages are the record layer's."""
-        self._unsupported("recvmsg_into")
-
-    def sendmsg(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: control messages are the record layer's."""
-        self._unsupported("sendmsg")
-
-    def sendto(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible on a stream of records."""
-        self._unsupported("sendto")
-
-
-def _always() -> bool:
-    return True
-
-
-def _never() -> bool:
-    return False

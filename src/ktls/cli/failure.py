@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import final
+import re
+from typing import Final, final
 
 import click
 
 __all__ = ("Failure", "reason")
+
+#: "[SSL: REASON] reason text (_ssl.c:1006)"
+_OPENSSL_FRAME: Final = re.compile(r"^\[[A-Z0-9_]+(?:: [A-Z0-9_]+)?\] | \(_ssl\.c:[0-9]+\)$")
 
 
 @final
@@ -17,5 +21,6 @@ class Failure(click.ClickException):
 
 
 def reason(error: OSError) -> str:
-    """Return what the system says about ``error``, without number and file name."""
-    return error.strerror or str(error) or type(error).__name__
+    """Return what the system or OpenSSL says about ``error``, without numbers and file names."""
+    text = error.strerror or str(error) or type(error).__name__
+    return _OPENSSL_FRAME.sub("", text) or text

@@ -19,10 +19,12 @@ from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, final
 
-import ktls
+from .failure import reason
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import ktls
 
 __all__ = ("FileServer", "parse_range")
 
@@ -84,7 +86,7 @@ class FileServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line why a connection ended early."""
         error = sys.exception()
-        what = str(error) or type(error).__name__
+        what = reason(error) if isinstance(error, OSError) else repr(error)
         print(f"{client_address[0]}: connection ended: {_printable(what)}", file=sys.stderr)
 
 
@@ -97,8 +99,6 @@ class _Handler(SimpleHTTPRequestHandler):
     server: FileServer
     connection: ktls.KTLSSocket
     protocol_version = "HTTP/1.1"
-    server_version = "ktls"
-    sys_version = ""
     timeout = _IDLE_TIMEOUT
 
     def __init__(self, request: ktls.KTLSSocket, client_address: Any, server: FileServer) -> None:
@@ -106,6 +106,10 @@ class _Handler(SimpleHTTPRequestHandler):
         self._status: int | None = None
         self._sent = 0
         super().__init__(request, client_address, server, directory=server.directory)
+
+    def version_string(self) -> str:
+        """Return the Server header field: no versions, they help only attackers."""
+        return "ktls"
 
     def handle_one_request(self) -> None:
         """Answer, then log: only now it is known what was sent."""

@@ -51,6 +51,7 @@ class PartialFile:
         self._target = target
         self._notes = self.path.with_name(self.path.name + ".json")
         self._url = url
+        self._committed = False
         self.validator, self._size = self._read_notes()
 
     def __enter__(self) -> Self:
@@ -62,6 +63,8 @@ class PartialFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._committed and self.length == 0:
+            self.delete()
         self.file.close()
 
     @property
@@ -104,6 +107,7 @@ class PartialFile:
         """Make it the target. It is on the disk before it gets the name."""
         os.fsync(self.file.fileno())
         os.replace(self.path, self._target)
+        self._committed = True
         self._forget()
 
     def _forget(self) -> None:

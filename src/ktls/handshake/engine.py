@@ -36,7 +36,7 @@ class HandshakeEngine(Protocol):
     """
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes as they came from the network, however many."""
+        """Take bytes as they came from the network, however many; ``ValueError`` once the handshake is complete."""
         ...
 
     def step(self) -> bool:

@@ -114,7 +114,9 @@ class OpenSSLHandshake:
     # --- bytes in, bytes out -----------------------------------------------------------------------------------
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes as they came from the network, however many."""
+        """Take bytes as they came from the network, however many; ``ValueError`` if the handshake is complete."""
+        if self._result is not None:
+            raise ValueError("the handshake is complete: these bytes are not for it")
         self._framer.feed(data)
 
     def eof(self) -> None:

@@ -251,9 +251,7 @@ class KernelConnection:
             self._budget.earn(len(data))
             return (ApplicationData(data),)
         if not self._budget.spend(now):
-            raise RemoteProtocolError(
-                "too many empty records", AlertDescription.UNEXPECTED_MESSAGE
-            )
+            raise RemoteProtocolError("too many empty records", AlertDescription.UNEXPECTED_MESSAGE)
         return ()
 
     def _alert(self, fragment: bytes) -> Sequence[ConnectionState]:
@@ -287,9 +285,7 @@ class KernelConnection:
 
     def _handshake(self, fragment: bytes, now: float) -> Sequence[ConnectionState]:
         if not fragment:
-            raise RemoteProtocolError(
-                "empty handshake record", AlertDescription.UNEXPECTED_MESSAGE
-            )
+            raise RemoteProtocolError("empty handshake record", AlertDescription.UNEXPECTED_MESSAGE)
         messages = self._reassembler.feed(fragment)
         items: list[ConnectionState] = []
         for position, message in enumerate(messages, start=1):

@@ -101,9 +101,7 @@ class CipherSuite(enum.IntEnum):
     @property
     def version(self) -> ProtocolVersion:
         """The protocol version that the suite belongs to."""
-        return (
-            ProtocolVersion.TLSv1_2 if "_WITH_" in self.name else ProtocolVersion.TLSv1_3
-        )
+        return ProtocolVersion.TLSv1_2 if "_WITH_" in self.name else ProtocolVersion.TLSv1_3
 
 
 def _openssl_name(suite: CipherSuite) -> str:

@@ -125,9 +125,7 @@ class RecordProtection:
         self.sequence_number = number + 1
         return message
 
-    def _open13(
-        self, header: bytes, body: bytes | memoryview, number: int
-    ) -> InboundPlainMessage:
+    def _open13(self, header: bytes, body: bytes | memoryview, number: int) -> InboundPlainMessage:
         inner = self._cipher.decrypt(nonce(self.keys, number), body, header)
         if len(inner) > MAX_FRAGMENT + 1:
             raise RemoteProtocolError(
@@ -142,9 +140,7 @@ class RecordProtection:
             )
         return InboundPlainMessage(record_type(content[-1]), content[:-1])
 
-    def _open12(
-        self, header: bytes, body: bytes | memoryview, number: int
-    ) -> InboundPlainMessage:
+    def _open12(self, header: bytes, body: bytes | memoryview, number: int) -> InboundPlainMessage:
         explicit = bytes(body[:_EXPLICIT_NONCE]) if self._explicit else b""
         sealed = body[len(explicit) :]
         length = len(sealed) - TAG_LENGTH

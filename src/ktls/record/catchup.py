@@ -83,11 +83,7 @@ class CatchUpReceiver:
 
     def _advance(self) -> UserspaceReceiver | KernelReceiver:
         current = self._current
-        if (
-            isinstance(current, UserspaceReceiver)
-            and self.refusal is None
-            and current.at_boundary
-        ):
+        if isinstance(current, UserspaceReceiver) and self.refusal is None and current.at_boundary:
             protection = current.protection
             try:
                 self._current = KernelReceiver(

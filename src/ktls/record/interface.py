@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from ktls.protocol.key_schedule import TrafficKeys
     from ktls.protocol.states import InboundPlainMessage
 
-__all__ = ("DEAD_ERRNOS", "ControlRecord", "LayerName", "ReadBuffer", "RecordReceiver", "RecordSender", "WriteBuffer")
+__all__ = (
+    "DEAD_ERRNOS",
+    "ControlRecord",
+    "LayerName",
+    "ReadBuffer",
+    "RecordReceiver",
+    "RecordSender",
+    "WriteBuffer",
+)
 
 #: Where a direction lives, as ``Offload.tx`` and ``Offload.rx`` say it.
 LayerName: TypeAlias = Literal["kernel", "userspace", "engine"]
@@ -95,8 +103,15 @@ class RecordSender(Protocol):
 class RecordReceiver(Protocol):
     """Receives records and opens them."""
 
-    name: LayerName
-    can_change_key: bool
+    @property
+    def name(self) -> LayerName:
+        """Which layer this is."""
+        ...
+
+    @property
+    def can_change_key(self) -> bool:
+        """Whether ``install`` works a second time."""
+        ...
 
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive application data into ``buffer`` (``nbytes`` at most, 0 for all of it); return the count, 0 at the end of the TCP stream.

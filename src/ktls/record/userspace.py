@@ -195,9 +195,7 @@ class UserspaceReceiver:
             view[filled : filled + count] = fragment[:count]
             filled += count
             if count < len(fragment):
-                self._message = InboundPlainMessage(
-                    ContentType.APPLICATION_DATA, fragment[count:]
-                )
+                self._message = InboundPlainMessage(ContentType.APPLICATION_DATA, fragment[count:])
                 return filled
             self._message = None
             if filled == len(view) or self._missing() > 0:
@@ -220,7 +218,9 @@ class UserspaceReceiver:
             raise self._dead
         while (missing := self._missing()) > 0:
             if self._eof:
-                return None  # also inside a record: without close_notify it is a truncation either way
+                return (
+                    None  # also inside a record: without close_notify it is a truncation either way
+                )
             data = self._sock.recv(missing if self._exact else max(missing, _READ_SIZE), flags)
             self._eof = not data
             self._buffer += data

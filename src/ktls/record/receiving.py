@@ -1,0 +1,312 @@
+"""The receiving half of a driver: application data, and every other record by a slow path through the connection.
+
+See ``driver`` for the theory. A receiving key is installed before anything more is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Callable
+from typing import Final, final
+
+from ktls.protocol.connection import KernelConnection
+from ktls.protocol.enums import AlertDescription, Direction
+from ktls.protocol.errors import (
+    KeyLimitError,
+    KTLSError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    TruncatedError,
+)
+from ktls.protocol.messages import build_alert
+from ktls.protocol.states import (
+    ApplicationData,
+    Closed,
+    ConnectionState,
+    HalfState,
+    PeerClosed,
+    SendMessage,
+    SessionTicket,
+    UpdateRxKey,
+    UpdateTxKey,
+)
+
+from .catchup import CatchUpReceiver
+from .interface import DEAD_ERRNOS, ControlRecord, RecordReceiver, WriteBuffer
+from .kernel import KernelReceiver
+from .meter import Meter
+from .sending import SendingHalf
+
+__all__ = ("ReceivingHalf",)
+
+#: Bytes received between two looks at the kernel's counter, at least: near the limit every record would be looked at.
+_RX_STEP: Final = 16 * 1024
+
+
+@final
+class ReceivingHalf:
+    """Everything that comes in. What is owed in answer goes to ``sending``."""
+
+    __slots__ = (
+        "_clock",
+        "_connection",
+        "_early",
+        "_end",
+        "_install",
+        "_lock",
+        "_meter",
+        "_on_key_change",
+        "_on_ticket",
+        "_receiver",
+        "_sending",
+        "_special",
+        "_state_lock",
+    )
+
+    def __init__(
+        self,
+        connection: KernelConnection,
+        receiver: RecordReceiver,
+        sending: SendingHalf,
+        state_lock: threading.Lock,
+        *,
+        on_ticket: Callable[[bytes], None] | None,
+        on_key_change: Callable[[], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._receiver = receiver
+        self._sending = sending
+        self._state_lock = state_lock
+        self._on_ticket = on_ticket
+        self._on_key_change = on_key_change
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._meter = Meter(connection.limits, clock, _RX_STEP)
+        #: None: open. PeerClosed: the end, in order. An error: raised by every further read.
+        self._end: OSError | PeerClosed | None = None
+        #: A key that the layer has refused for now (no memory): nothing is read before it is in.
+        self._install: UpdateRxKey | None = None
+        #: Application data that a slow path met.
+        self._early = b""
+        #: Whether any of the above makes the next read a special case.
+        self._special = False
+
+    @property
+    def peer_closed(self) -> bool:
+        """Whether the peer's close_notify was received."""
+        return isinstance(self._end, PeerClosed)
+
+    def pending(self) -> int:
+        """Return how many decrypted bytes are held in this process, invisible to ``poll``."""
+        return len(self._early) + self._receiver.pending()
+
+    def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive application data; return the count, 0 after the peer's close_notify.
+
+        Raises ``BlockingIOError``, ``TruncatedError`` (TCP ended without close_notify), ``RemoteProtocolError``, ``AlertReceived``, ``KeyLimitError`` (the peer
+        changed its key and this layer can't), ``OSError`` from the network. All but the first are raised by every further call too.
+        """
+        with self._lock:
+            while True:
+                if self._special:
+                    if self._early:
+                        return self._take_early(buffer, nbytes)
+                    if self._end is not None:
+                        return self._at_end()
+                    self._read_record(flags)
+                    continue
+                try:
+                    count = self._receiver.recv_into(buffer, nbytes, flags)
+                except ControlRecord:
+                    count = -1
+                except OSError as error:
+                    self._failed(error)
+                    raise
+                if count > 0:
+                    self._received(count)
+                    return count
+                if count < 0:
+                    self._read_record(flags)
+                else:
+                    self._truncated()
+
+    def splice(self, pipe: int, count: int) -> int:
+        """Move application data from the kernel into ``pipe``, uncopied; return the count, 0 after close_notify. Raises as ``recv_into``.
+
+        ``LocalProtocolError`` where the receiving direction is not in the kernel: use ``recv_into``.
+        """
+        with self._lock:
+            while True:
+                receiver = self._kernel_receiver()
+                if receiver is None or self._early:
+                    raise LocalProtocolError("only kernel TLS can splice")
+                if self._end is not None:
+                    return self._at_end()
+                if self._special:
+                    self._read_record(0)
+                    continue
+                try:
+                    moved = receiver.splice(pipe, count)
+                except ControlRecord:
+                    moved = -1
+                except OSError as error:
+                    self._failed(error)
+                    raise
+                if moved > 0:
+                    self._received(moved)
+                    return moved
+                if moved < 0:
+                    self._read_record(0)
+                else:
+                    self._truncated()
+
+    def settle(self) -> None:
+        """Handle control records that wait where ``poll`` does not show them. For callers who poll the descriptor by themselves, after each read.
+
+        Errors are kept for the next read.
+        """
+        with self._lock:
+            try:
+                while (
+                    not self._special
+                    and (receiver := self._kernel_receiver()) is not None
+                    and receiver.record_waits()
+                ):
+                    self._read_record(socket.MSG_DONTWAIT)
+            except OSError as error:
+                self._failed(error)
+
+    def _kernel_receiver(self) -> KernelReceiver | None:
+        receiver = self._receiver
+        if isinstance(receiver, CatchUpReceiver):
+            return receiver.kernel()
+        return receiver if isinstance(receiver, KernelReceiver) else None
+
+    def _take_early(self, buffer: WriteBuffer, nbytes: int) -> int:
+        view = memoryview(buffer).cast("B")
+        count = min(len(self._early), nbytes or len(view))
+        view[:count] = self._early[:count]
+        self._early = self._early[count:]
+        self._mark()
+        return count
+
+    def _mark(self) -> None:
+        """Note whether the next read is a special case. Inside a handshake message every record is looked at, data too."""
+        self._special = (
+            bool(self._early)
+            or self._end is not None
+            or self._install is not None
+            or self._connection.fragment_pending
+        )
+
+    def _at_end(self) -> int:
+        if isinstance(self._end, OSError):
+            raise self._end.with_traceback(None)
+        return 0
+
+    def _received(self, count: int) -> None:
+        self._meter.used(count, count)
+        self._connection.received_data(count)
+        if self._meter.due():
+            number = self._receiver.sequence_number()
+            with self._state_lock:
+                self._sending.owe(
+                    self._connection.record_usage(
+                        Direction.RX, number, octets=self._meter.octets, now=self._clock()
+                    )
+                )
+            self._meter.looked(number, self._connection.record_limit(Direction.RX))
+        if self._sending.owes:
+            self._sending.run_owed()
+
+    def _read_record(self, flags: int) -> None:
+        """Read one record by the slow path and run what follows from it. Under the rx lock."""
+        if self._install is not None:
+            self._install_key(self._install)
+            return
+        try:
+            message = self._receiver.read_record(flags)
+        except OSError as error:
+            self._failed(error)
+            raise
+        if message is None:
+            self._truncated()
+            return
+        may_alert = self._connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
+        try:
+            with self._state_lock:
+                items = self._connection.process_message(message, now=self._clock())
+                self._sending.owe(items)
+            for item in items:
+                self._receive_item(item)
+        except OSError as error:
+            self._failed(error, may_alert=may_alert)
+            raise
+        self._meter.used(1, 0)
+        self._mark()
+        self._sending.run_owed()
+
+    def _receive_item(self, item: ConnectionState) -> None:
+        match item:
+            case UpdateRxKey():
+                self._install_key(item)
+            case ApplicationData():
+                self._early += item.data
+            case SessionTicket():
+                if self._on_ticket is not None:
+                    self._on_ticket(item.message)
+            case PeerClosed():
+                self._end = item
+            case SendMessage() | UpdateTxKey() | Closed():
+                pass  # queued already, or said by the state
+
+    def _install_key(self, item: UpdateRxKey) -> None:
+        self._install = item
+        self._special = True
+        try:
+            self._receiver.install(item.keys)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise KeyLimitError(
+                "the peer changed its key, and this kernel can't change the receiving key"
+            ) from error
+        self._install = None
+        self._connection.rx_key_installed(item.generation)
+        self._mark()
+        self._meter.key_changed()
+        if self._on_key_change is not None:
+            self._on_key_change()
+
+    def _truncated(self) -> None:
+        self._end = TruncatedError(
+            "the TCP connection ended without close_notify: the data may be incomplete"
+        )
+        self._mark()
+
+    def _failed(self, error: OSError, *, may_alert: bool | None = None) -> None:
+        """Keep a fatal error of the receiving side, and answer it with the alert that it asks for. Under the rx lock."""
+        if not isinstance(error, KTLSError) and error.errno not in DEAD_ERRNOS:
+            return
+        connection = self._connection
+        if may_alert is None:
+            may_alert = connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
+        self._end = error
+        self._special = True
+        if not isinstance(error, KTLSError):
+            self._sending.network_failed(error)
+            return
+        alert = None
+        if isinstance(error, RemoteProtocolError):
+            alert = build_alert(error.alert)
+        elif isinstance(error, KeyLimitError):
+            alert = build_alert(AlertDescription.CLOSE_NOTIFY)
+        with self._state_lock:
+            connection.fail()
+            self._sending.failure = error
+            if alert is not None and may_alert:
+                self._sending.alert(alert)
+        self._sending.run_owed()

@@ -1,0 +1,221 @@
+"""The sending half of a driver: application data, and the queue of owed commands in front of it.
+
+See ``driver`` for the theory. The queue is the only place where a sending command waits, and it leaves it only when done.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import final
+
+from ktls.protocol.connection import KernelConnection
+from ktls.protocol.enums import ContentType, Direction
+from ktls.protocol.errors import KeyLimitError, LocalProtocolError
+from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
+
+from .interface import DEAD_ERRNOS, ReadBuffer, RecordSender
+from .meter import Meter
+
+__all__ = ("SendingHalf",)
+
+
+@final
+class SendingHalf:
+    """Everything that goes out. ``state_lock`` guards the connection and is shared with the receiving half."""
+
+    __slots__ = (
+        "_clock",
+        "_connection",
+        "_error",
+        "_lock",
+        "_meter",
+        "_on_key_change",
+        "_owed",
+        "_sender",
+        "_state_lock",
+        "failure",
+    )
+
+    def __init__(
+        self,
+        connection: KernelConnection,
+        sender: RecordSender,
+        state_lock: threading.Lock,
+        *,
+        on_key_change: Callable[[], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._sender = sender
+        self._state_lock = state_lock
+        self._on_key_change = on_key_change
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._owed: deque[SendMessage | UpdateTxKey] = deque()
+        self._meter = Meter(connection.limits, clock)
+        #: A network error, or the end of the key: raised by every further ``send``.
+        self._error: OSError | None = None
+        #: What made the connection fail, if the receiving half found it.
+        self.failure: OSError | None = None
+
+    @property
+    def owes(self) -> bool:
+        """Whether commands wait for room in TCP's buffer."""
+        return bool(self._owed)
+
+    def send(self, data: ReadBuffer, flags: int = 0) -> int:
+        """Send application data; return how many bytes were accepted (0 only for no data).
+
+        Raises ``BlockingIOError`` (nothing taken), ``KeyLimitError``, ``LocalProtocolError`` (our side is closed), ``OSError`` from the network; after the
+        last, every further call raises it again.
+        """
+        size = len(data)
+        if not size:
+            return 0
+        with self._lock:
+            self._prepare_data(flags)
+            allowance = self._meter.allowance(self._sender.max_fragment)
+            try:
+                sent = self._sender.send(
+                    data if size <= allowance else memoryview(data)[:allowance], flags
+                )
+            except OSError as error:
+                self._failed(error)
+                raise
+            self._meter.used(-(-sent // self._sender.max_fragment), sent)
+        if self._owed:
+            self.run_owed()
+        return sent
+
+    def sendfile(self, fd: int, offset: int, count: int) -> int:
+        """Send up to ``count`` bytes of a file from ``offset``; return how many were accepted, 0 at the end of the file. Raises as ``send``."""
+        with self._lock:
+            self._prepare_data(0)
+            allowance = self._meter.allowance(self._sender.max_fragment)
+            try:
+                sent = self._sender.sendfile(fd, offset, min(count, allowance))
+            except OSError as error:
+                self._failed(error)
+                raise
+            self._meter.used(-(-sent // self._sender.max_fragment), sent)
+        if self._owed:
+            self.run_owed()
+        return sent
+
+    def refresh_traffic_keys(self, request_peer: bool = False, flags: int = 0) -> None:
+        """Change our key, and ask the peer for a new one with ``request_peer``.
+
+        ``LocalProtocolError``: nothing happened. ``BlockingIOError``: it will happen, in order, before the next data.
+        """
+        with self._state_lock:
+            self.owe(
+                self._connection.refresh_traffic_keys(request_peer=request_peer, now=self._clock())
+            )
+        with self._lock:
+            self._run_owed(flags)
+
+    def close_notify(self, flags: int = 0) -> None:
+        """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing."""
+        with self._state_lock:
+            self.owe(self._connection.close())
+        with self._lock:
+            self._run_owed(flags)
+
+    def run_owed(self) -> None:
+        """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
+        while self._owed and self._lock.acquire(blocking=False):
+            try:
+                self._run_owed(socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                return  # kept in _error
+            finally:
+                self._lock.release()
+
+    def flush(self, flags: int = 0) -> None:
+        """Hand to TCP whatever the sending layer still holds; ``BlockingIOError`` if that can't be done yet."""
+        with self._lock:
+            self._sender.flush(flags)
+
+    def owe(self, items: Iterable[ConnectionState]) -> None:
+        """Queue the sending commands among ``items``. Under the state lock."""
+        for item in items:
+            if isinstance(item, SendMessage | UpdateTxKey):
+                self._owed.append(item)
+
+    def _prepare_data(self, flags: int) -> None:
+        """Make sure that application data may go out now. Under the tx lock."""
+        if self._owed:
+            self._run_owed(flags)
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        if self._meter.due():
+            self._look_at_tx()
+            self._run_owed(flags)
+        if self._connection.tx_state is not HalfState.OPEN:
+            self._refuse_data(flags)
+
+    def _look_at_tx(self) -> None:
+        number = self._sender.sequence_number()
+        with self._state_lock:
+            self.owe(
+                self._connection.record_usage(
+                    Direction.TX, number, octets=self._meter.octets, now=self._clock()
+                )
+            )
+        self._meter.looked(number, self._connection.record_limit(Direction.TX))
+
+    def _refuse_data(self, flags: int) -> None:
+        state = self._connection.tx_state
+        if state is HalfState.EXHAUSTED:
+            self._error = KeyLimitError(
+                "the sending key has reached its limit, or the peer asked for a new one, and this connection can't change it"
+            )
+            with self._state_lock:
+                self.owe(self._connection.close())
+            self._run_owed(flags)
+            raise self._error
+        if state is HalfState.FAILED and self.failure is not None:
+            raise self.failure.with_traceback(None)
+        raise LocalProtocolError("the sending side is closed")
+
+    def _run_owed(self, flags: int) -> None:
+        """Run the queue; leave what would block. Under the tx lock."""
+        owed = self._owed
+        while owed:
+            item = owed[0]
+            try:
+                if isinstance(item, SendMessage):
+                    self._sender.send_record(item.content_type, item.fragment, flags)
+                    self._meter.used(1, 0)
+                else:
+                    self._install_tx(item)
+            except OSError as error:
+                self._failed(error)
+                raise
+            owed.popleft()
+
+    def _install_tx(self, item: UpdateTxKey) -> None:
+        self._sender.install(item.keys)
+        with self._state_lock:
+            self._connection.tx_key_installed(item.generation)
+        self._meter.key_changed()
+        if self._on_key_change is not None:
+            self._on_key_change()
+
+    def network_failed(self, error: OSError) -> None:
+        """Note that the receiving half found the network gone."""
+        self._error = self._error or error
+
+    def alert(self, fragment: bytes) -> None:
+        """Queue an alert behind what is owed already. Under the state lock."""
+        self._owed.append(SendMessage(ContentType.ALERT, fragment))
+
+    def _failed(self, error: OSError) -> None:
+        """Remember a network error: the kernel reports it once, and then pretends to send."""
+        if error.errno in DEAD_ERRNOS:
+            self._error = self._error or error
