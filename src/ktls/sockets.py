@@ -14,7 +14,6 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Callable
 from fcntl import F_SETPIPE_SZ, fcntl
 from typing import IO, TYPE_CHECKING, Any, Final
 
