@@ -368,6 +368,7 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
             size = len(view)
             sent = self.send(view, flags)
             while sent < size:
+                self._running().settle(read_ahead=True)  # as in ``sendfile``
                 sent += self.send(view[sent:], flags)
 
     def write(self, data: ReadableBuffer) -> int:
@@ -404,6 +405,8 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
                 if not sent:
                     break
                 total += sent
+                # Nobody may be reading while we send for long: a KeyUpdate, or an alert, must not wait for the end.
+                driver.settle(read_ahead=True)
         finally:
             if total:
                 file.seek(offset + total)

@@ -63,7 +63,7 @@ def local_identity(host: str, directory: Path | None = None) -> Identity:
     directory = directory or data_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     names = _names(host)
-    now = datetime.datetime.now(datetime.UTC)
+    now = _now()
     identity = Identity(directory / "cert.pem", directory / "key.pem", directory / "ca.pem")
     with _locked(directory):
         ca = _load(identity.ca, directory / "ca-key.pem")
@@ -74,6 +74,10 @@ def local_identity(host: str, directory: Path | None = None) -> Identity:
         if issued is None or not _fits(issued.certificate, ca.certificate, names, now):
             _store(_issue(ca, names, now), identity.certificate, identity.key)
     return identity
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _names(host: str) -> frozenset[x509.GeneralName]:

@@ -64,6 +64,10 @@ class CatchUpReceiver:
         """See ``RecordReceiver``."""
         return self._advance().read_record(flags)
 
+    def record_waits(self) -> bool:
+        """See ``RecordReceiver``."""
+        return self._advance().record_waits()
+
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordReceiver``."""
         self._current.install(keys)

@@ -168,9 +168,10 @@ class Driver:
         """
         return self._receiving.splice(pipe, count)
 
-    def settle(self) -> None:
-        """Handle control records that wait where ``poll`` does not show them. For callers who poll the descriptor by themselves, after each read.
+    def settle(self, *, read_ahead: bool = False) -> None:
+        """Handle control records that are next, without waiting: for callers who poll by themselves (after each read), or send for long without reading.
 
-        Errors are kept for the next read.
+        Takes no application data; errors are kept for the next read. In user space only with ``read_ahead``: data may then be in this process that
+        ``poll`` does not show (``pending``).
         """
-        self._receiving.settle()
+        self._receiving.settle(read_ahead=read_ahead)

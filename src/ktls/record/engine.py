@@ -136,7 +136,7 @@ class EngineDriver:
         """Not possible here: ``LocalProtocolError``."""
         raise LocalProtocolError("only kernel TLS can splice")
 
-    def settle(self) -> None:
+    def settle(self, *, read_ahead: bool = False) -> None:
         """Nothing hides from ``poll`` here that ``pending`` would not tell."""
 
     def refresh_traffic_keys(self, request_peer: bool = False, flags: int = 0) -> None:

@@ -125,6 +125,10 @@ class RecordReceiver(Protocol):
         """Return the next record, of whatever type (the unread rest of a data record that was begun), or None at the end of the TCP stream."""
         ...
 
+    def record_waits(self) -> bool:
+        """Whether a record without application data is next; never waits, and takes nothing. May read ahead into this process."""
+        ...
+
     def install(self, keys: TrafficKeys) -> None:
         """Open everything from here on with ``keys``, sequence number 0. To be called right after a KeyUpdate was read."""
         ...

@@ -330,7 +330,7 @@ def _tcp_pair(stack: ExitStack) -> tuple[socket.socket, socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.settimeout(_TIMEOUT)
         listener.bind(("127.0.0.1", 0))
-        listener.listen(1)
+        listener.listen(16)
         client = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         client.settimeout(_TIMEOUT)
         client.connect(listener.getsockname())

@@ -163,21 +163,24 @@ class ReceivingHalf:
                 else:
                     self._truncated()
 
-    def settle(self) -> None:
-        """Handle control records that wait where ``poll`` does not show them. For callers who poll the descriptor by themselves, after each read.
+    def settle(self, *, read_ahead: bool = False) -> None:
+        """Handle control records that are next, without waiting, and without taking application data. Errors are kept for the next read.
 
-        Errors are kept for the next read.
+        In the kernel these may be records that ``poll`` does not show. In user space it takes ``read_ahead``, and then data may end up in this
+        process (``pending``) that ``poll`` does not show.
         """
-        with self._lock:
-            try:
-                while (
-                    not self._special
-                    and (receiver := self._kernel_receiver()) is not None
-                    and receiver.record_waits()
-                ):
-                    self._read_record(socket.MSG_DONTWAIT)
-            except OSError as error:
-                self._failed(error)
+        if not self._lock.acquire(blocking=False):
+            return  # a reader is at work: it meets everything
+        try:
+            while not self._early and self._end is None:
+                layer = self._kernel_receiver() or (self._receiver if read_ahead else None)
+                if layer is None or not layer.record_waits():
+                    return
+                self._read_record(socket.MSG_DONTWAIT)
+        except OSError as error:
+            self._failed(error)
+        finally:
+            self._lock.release()
 
     def _kernel_receiver(self) -> KernelReceiver | None:
         receiver = self._receiver

@@ -165,6 +165,16 @@ class UserspaceReceiver:
         self._message = None
         return message
 
+    def record_waits(self) -> bool:
+        """See ``RecordReceiver``."""
+        try:
+            message = self._peek(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if message is None:
+            return False
+        return message.content_type != ContentType.APPLICATION_DATA or not message.fragment
+
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordReceiver``."""
         self._protection = RecordProtection(self._protection.suite, keys)
