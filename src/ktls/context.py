@@ -33,6 +33,7 @@ class SSLContext(ssl.SSLContext):
     def __init__(self, protocol: int = ssl.PROTOCOL_TLS_CLIENT) -> None:
         super().__init__()
         self._ktls_settings = Settings(session_cache=SessionCache())
+        tap_for(self)  # now, while nobody uses the context yet
 
     def __new__(
         cls, protocol: int = ssl.PROTOCOL_TLS_CLIENT, *args: Any, **kwargs: Any

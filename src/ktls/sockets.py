@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
-import os
 import socket
 import ssl
-import stat
-from fcntl import F_SETPIPE_SZ, fcntl
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ktls.handshake.engine import HandshakeEngine, engine_for
 from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
 from ktls.protocol.errors import TruncatedError
 from ktls.protocol.limits import KeyUsage
-from ktls.record.meter import MAX_PIECE
 
 from .closing import close_in_background, drop_unread, finish, try_finish
 from .established import Established, EstablishedFacts
-from .files import FileCopier, FileMover, FileSplicer, SendableFile
+from .files import FileSocket
 from .pump import HandshakePump
 from .settings import Settings
-from .waiting import WaitingSocket, for_read, for_write
+from .waiting import for_read, for_write
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -37,10 +32,9 @@ __all__ = ("KTLSSocket",)
 
 #: ``recv(n)`` allocates n bytes; more than this at once only costs memory.
 _MAX_RECV: Final = 256 * 1024
-_PIPE_SIZE: Final = 256 * 1024
 
 
-class KTLSSocket(EstablishedFacts, WaitingSocket):
+class KTLSSocket(EstablishedFacts, FileSocket):
     """A TLS connection over TCP, protected by the kernel where it can. Made by ``SSLContext.wrap_socket`` or ``ktls.wrap_socket``.
 
     As ``ssl.SSLSocket``: timeouts and non-blocking mode (``ssl.SSLWantReadError``, ``ssl.SSLWantWriteError``), ``makefile``, ``suppress_ragged_eofs``, listening
@@ -53,13 +47,11 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         "_context",
         "_established",
         "_handshake_on_connect",
-        "_pipe",
         "_pump",
         "_server_hostname",
         "_server_side",
         "_session",
         "_settings",
-        "_suppress_ragged_eofs",
         "_unavailable",
     )
 
@@ -84,18 +76,16 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         engine_for(
             context
         )  # refuses a context that is not ssl's own before the socket changes hands
-        super().__init__(sock)
+        super().__init__(sock, suppress_ragged_eofs=suppress_ragged_eofs)
         self._context = context
         self._settings = settings
         self._server_side = server_side
         self._server_hostname = server_hostname
         self._handshake_on_connect = do_handshake_on_connect
-        self._suppress_ragged_eofs = suppress_ragged_eofs
         self._session = session
         self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
         self._established = None
         self._unavailable: str | None = None
-        self._pipe: tuple[int, int] | None = None
         try:
             if self._is_connected():
                 self._connected()
@@ -303,7 +293,7 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         del buffer[count:]
         return bytes(buffer)
 
-    def read(self, len: int = 1024, buffer: WriteableBuffer | None = None) -> int | bytes:
+    def read(self, len: int = 1024, buffer: WriteableBuffer | None = None) -> int | bytes:  # noqa: A002  # ssl.SSLSocket's name for it
         """Receive as ``ssl.SSLSocket.read`` does: bytes, or a count if there is a ``buffer``."""
         return self.recv(len) if buffer is None else self.recv_into(buffer, len)
 
@@ -321,33 +311,6 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         if count < size and self.gettimeout() == 0.0:
             driver.settle()
         return count
-
-    def recvfile(self, file: IO[bytes], count: int | None = None) -> int:
-        """Receive ``count`` bytes (None: all until the end) into ``file`` at its position; return how many came before the end.
-
-        Uses ``splice``: what the kernel decrypts goes into the file without passing through this process. Otherwise, copies.
-        Raises as ``recv_into``, and ``OSError`` from the file; bytes that were on their way into it are lost then, so close the connection.
-        """
-        driver = self._ready()
-        file.flush()
-        if driver.rx_layer == "kernel" and not driver.pending():
-            mover: FileMover = FileSplicer(driver, self._get_pipe(), file)
-        else:
-            mover = FileCopier(driver, file)
-        total = 0
-        try:
-            while count is None or total < count:
-                want = _PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total)
-                moved = self.perform(functools.partial(mover.move, want), for_read)
-                if not moved:
-                    break
-                total += moved
-        except TruncatedError:
-            if not self._suppress_ragged_eofs:
-                raise
-        finally:
-            mover.finish()
-        return total
 
     # --- sending -----------------------------------------------------------------------------------------------
 
@@ -375,68 +338,20 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         """Send as ``ssl.SSLSocket.write`` does."""
         return self.send(data)
 
-    def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
-        """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
-
-        With kernel TLS that is ``os.sendfile``: nothing is copied to this process, keys are metered and refreshed in time. Files without a descriptor are read and sent.
-        The file's position is behind the last byte sent, also after an exception. ``ValueError`` on non-blocking sockets, as ``socket.sendfile``.
-        """
-        if "b" not in getattr(file, "mode", "b"):
-            raise ValueError("file should be opened in binary mode")
-        if count is not None and count <= 0:
-            raise ValueError(f"count must be a positive integer (got {count!r})")
-        if self.gettimeout() == 0.0:
-            raise ValueError("non-blocking sockets are not supported")
-        driver = self._ready()
-        try:
-            fd = getattr(file, "fileno")()  # noqa: B009  # BytesIO has one that raises, other readers have none
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        except (AttributeError, io.UnsupportedOperation):
-            regular = False
-        if not regular:
-            return self._sendfile_use_send(file, offset, count)
-        total = 0
-        try:
-            while count is None or total < count:
-                piece = MAX_PIECE if count is None else min(MAX_PIECE, count - total)
-                sent = self.perform(
-                    functools.partial(driver.sendfile, fd, offset + total, piece), for_write
-                )
-                if not sent:
-                    break
-                total += sent
-                # Nobody may be reading while we send for long: a KeyUpdate, or an alert, must not wait for the end.
-                driver.settle(read_ahead=True)
-        finally:
-            if total:
-                file.seek(offset + total)
-        return total
-
-    def _sendfile_use_send(self, file: SendableFile, offset: int, count: int | None) -> int:
-        if offset:
-            file.seek(offset)
-        total = 0
-        while count is None or total < count:
-            data = file.read(_PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total))
-            if not data:
-                break
-            self.sendall(data)
-            total += len(data)
-        return total
-
     # --- ending ------------------------------------------------------------------------------------------------
 
     def shutdown(self, how: int) -> None:
         """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
 
-        Non-blocking: ``ssl.SSLWantWriteError`` until all is out; call again.
+        Non-blocking: ``ssl.SSLWantWriteError`` while close_notify can't go out; call again. While data is still on its way, TCP's own FIN is left to ``close``.
         """
         if how == socket.SHUT_RD or self._driver is None:
             super().shutdown(how)
             return
         if self.gettimeout() == 0.0:
-            if not try_finish(self._raw, self._driver):
-                raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "data is still under way")
+            driver = self._driver
+            self.perform(lambda: driver.close_notify(socket.MSG_DONTWAIT), for_write)
+            try_finish(self._raw, driver)
         else:
             self._finish(self._driver)
         if how == socket.SHUT_RDWR:
@@ -449,7 +364,7 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         """
         driver = self._running()
         self.perform(lambda: driver.close_notify(), for_write)
-        scrap = bytearray(_PIPE_SIZE)
+        scrap = bytearray(_MAX_RECV)
         while self.perform(lambda: driver.recv_into(scrap), for_read):
             pass
         if "kernel" in (driver.tx_layer, driver.rx_layer):
@@ -500,13 +415,4 @@ class KTLSSocket(EstablishedFacts, WaitingSocket):
         tickets = self._established.tickets if self._established is not None else None
         if tickets is not None:
             tickets.close()
-        if self._pipe is not None:
-            for fd in self._pipe:
-                os.close(fd)
-            self._pipe = None
-
-    def _get_pipe(self) -> tuple[int, int]:
-        if self._pipe is None:
-            self._pipe = os.pipe2(os.O_CLOEXEC)
-            fcntl(self._pipe[1], F_SETPIPE_SZ, _PIPE_SIZE)
-        return self._pipe
+        self._drop_pipe()

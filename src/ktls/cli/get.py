@@ -128,7 +128,7 @@ class Location:
         try:
             name = f"[{self.host}]" if ":" in self.host else self.host.encode("idna").decode()
         except UnicodeError as error:
-            raise Failure(f"unknown host {self.host}") from error
+            raise Failure(f"unknown host {self.host}: no such name is possible") from error
         return name if self.port == 443 else f"{name}:{self.port}"
 
     @property
@@ -281,8 +281,10 @@ def _connect(location: Location, context: ktls.SSLContext, timeout: float) -> kt
     host = location.host
     try:
         sock = socket.create_connection((host, location.port), timeout)
-    except (socket.gaierror, UnicodeError) as error:
-        raise Failure(f"unknown host {host}") from error
+    except socket.gaierror as error:
+        raise Failure(f"unknown host {host}: {reason(error)}") from error
+    except UnicodeError as error:
+        raise Failure(f"unknown host {host}: no such name is possible") from error
     except OSError as error:
         raise Failure(f"cannot connect to {host} port {location.port}: {reason(error)}") from error
     try:

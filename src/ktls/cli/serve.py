@@ -126,8 +126,10 @@ def _bind(host: str, port: int, context: ktls.SSLContext, root: Path) -> FileSer
         )
         family, _, _, _, address = found[0]
         return FileServer(address, family, context, root)
-    except (socket.gaierror, UnicodeError) as error:
-        raise Failure(f"unknown host {host}") from error
+    except socket.gaierror as error:
+        raise Failure(f"unknown host {host}: {reason(error)}") from error
+    except UnicodeError as error:
+        raise Failure(f"unknown host {host}: no such name is possible") from error
     except OSError as error:
         why = _BIND_ERRORS.get(error.errno or 0) or reason(error)
         raise Failure(f"cannot listen on {host} port {port}: {why}") from error

@@ -224,6 +224,7 @@ class KeyLogTap:
                 self._drain()
             self._drop(expected)
             secrets = {label.decode("ascii"): secret for label, secret in expected.secrets.items()}
+            expected.secrets.clear()
         reason = reason or expected.lost
         if reason is not None:
             raise SecretsUnavailableError(reason)
@@ -352,7 +353,7 @@ class KeyLogTap:
 
 
 _taps: Final[weakref.WeakKeyDictionary[ssl.SSLContext, KeyLogTap]] = weakref.WeakKeyDictionary()
-_taps_lock = threading.Lock()
+_taps_lock = threading.RLock()  # re-entered by finalisers, perhaps
 
 
 def _open_keylog(path: str) -> int:

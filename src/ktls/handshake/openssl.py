@@ -310,8 +310,8 @@ class OpenSSLHandshake:
         if hello is None or expected is None:
             raise SecretsUnavailableError("the ClientHello was not understood")
         self._expected = None
-        log = self._tap.collect(expected)
         try:
+            log = self._tap.collect(expected)
             if suite.version is ProtocolVersion.TLSv1_3:
                 return self._secrets13(suite, log, last_output)
             return self._secrets12(suite, log, hello.random)
@@ -323,6 +323,8 @@ class OpenSSLHandshake:
             ) from None
         except ValueError:
             raise SecretsUnavailableError("the key log has a secret of a wrong length") from None
+        except OSError as error:
+            raise SecretsUnavailableError(f"the key log can't be read: {error.strerror}") from None
 
     def _secrets13(
         self, suite: CipherSuite, log: dict[str, bytes], last_output: list[bytes]
@@ -334,8 +336,7 @@ class OpenSSLHandshake:
         sent = 0
         if not is_client:
             protection = RecordProtection(suite, tx.keys())
-            for record in last_output:
-                _prove(protection, record, HandshakeType.NEW_SESSION_TICKET)
+            _prove(protection, last_output, HandshakeType.NEW_SESSION_TICKET)
             sent = protection.sequence_number
         return HandshakeSecrets(
             suite=suite,
@@ -356,7 +357,7 @@ class OpenSSLHandshake:
         client, server = tls12_key_block(suite, log["CLIENT_RANDOM"], client_random, server_random)
         tx, rx = (client, server) if self._role is Role.CLIENT else (server, client)
         for keys, finished in ((tx, ours), (rx, theirs)):
-            _prove(RecordProtection(suite, keys), finished, HandshakeType.FINISHED)
+            _prove(RecordProtection(suite, keys), [finished], HandshakeType.FINISHED)
         if suite.aead.fixed_iv_length == 4:
             body = ours[HEADER_LENGTH:]
             explicit = int.from_bytes(body[:_EXPLICIT_NONCE], "big")
@@ -366,10 +367,18 @@ class OpenSSLHandshake:
         )
 
 
-def _prove(protection: RecordProtection, record: bytes, expected: HandshakeType) -> None:
-    """Open a record that was sent or received already; it must be of that kind (``KTLSError``, ``SecretsUnavailableError``)."""
-    message = protection.open(record[:HEADER_LENGTH], record[HEADER_LENGTH:])
-    if message.content_type != ContentType.HANDSHAKE or message.fragment[:1] != bytes((expected,)):
+def _prove(protection: RecordProtection, records: list[bytes], expected: HandshakeType) -> None:
+    """Open records that were sent or received already (``KTLSError``, ``SecretsUnavailableError``).
+
+    They must begin with a message of the expected type. Only the first must: a large ticket is split over records.
+    """
+    beginning = b""
+    for record in records:
+        message = protection.open(record[:HEADER_LENGTH], record[HEADER_LENGTH:])
+        if message.content_type != ContentType.HANDSHAKE:
+            raise SecretsUnavailableError("the engine sent something else than handshake messages")
+        beginning = beginning or message.fragment[:1]
+    if records and beginning != bytes((expected,)):
         raise SecretsUnavailableError(f"a record that should be {expected.name} is not")
 
 

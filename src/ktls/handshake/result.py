@@ -96,7 +96,7 @@ class HandshakeResult:
     """A finished handshake.
 
     Either ``secrets`` is there, or ``no_secrets_reason`` and ``engine_object`` are. In the second case nothing was sent or taken
-    outside the engine, and ``leftover`` is the first thing it must be fed.
+    outside the engine, and ``leftover`` is the first thing it must be fed. Not to be kept after the hand-off: it holds the first secrets.
     """
 
     role: Role
