@@ -76,7 +76,9 @@ class Demo:
         enough = all(grown[name] >= least for name, least in wanted.items())
         evidence = ", ".join(f"{name} +{count}" for name, count in grown.items())
         self.lines.append(
-            Line("  kernel counters", enough and not errors, f"{evidence}, TlsDecryptError +{errors}")
+            Line(
+                "  kernel counters", enough and not errors, f"{evidence}, TlsDecryptError +{errors}"
+            )
         )
 
     def ktls_get(self) -> str:
@@ -91,7 +93,16 @@ class Demo:
     def curl(self) -> str:
         """Download with curl."""
         target = self.directory / "by-curl"
-        command = ["curl", "-sS", "--fail", "--cacert", str(self.trust), "-o", str(target), self.url]
+        command = [
+            "curl",
+            "-sS",
+            "--fail",
+            "--cacert",
+            str(self.trust),
+            "-o",
+            str(target),
+            self.url,
+        ]
         subprocess.run(command, check=True)
         return self.compare(target)
 
@@ -150,7 +161,9 @@ class Demo:
             offload = tls.offload
             if self.mode == "kernel" and (offload.tx, offload.rx) != ("kernel", "kernel"):
                 raise RuntimeError(f"not in the kernel: {offload}")
-            return f"{tls.version()} {(tls.cipher() or ('?',))[0]}, tx={offload.tx}, rx={offload.rx}"
+            return (
+                f"{tls.version()} {(tls.cipher() or ('?',))[0]}, tx={offload.tx}, rx={offload.rx}"
+            )
 
     def context(self) -> ktls.SSLContext:
         """Make a client's context that trusts the demo's server."""
@@ -195,9 +208,12 @@ def served(directory: Path, data: Path) -> Iterator[tuple[int, Path]]:
     environment = {**os.environ, "XDG_DATA_HOME": str(data), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "ktls", "serve", str(directory), "--port", "0"]
     log = data / "server.log"
-    with log.open("w") as errors, subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-    ) as server:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as server,
+    ):
         assert server.stdout is not None
         try:
             port = None
