@@ -142,6 +142,8 @@ class FileSocket(WaitingSocket):
                 if not sent:
                     break
                 total += sent
+                if driver.unsent:
+                    self.perform(lambda: driver.flush(), for_write)
                 # Nobody may be reading while we send for long: a KeyUpdate, or an alert, must not wait for the end.
                 driver.settle(read_ahead=True)
         finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ktls.handshake.engine import HandshakeEngine, engine_for
 from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
-from ktls.protocol.errors import TruncatedError
+from ktls.protocol.errors import LocalProtocolError, TruncatedError
 from ktls.protocol.limits import KeyUsage
 
 from .closing import close_in_background, drop_unread, finish, try_finish
@@ -53,6 +53,7 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         "_session",
         "_settings",
         "_unavailable",
+        "_unreported",
     )
 
     def __init__(
@@ -86,6 +87,7 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
         self._established = None
         self._unavailable: str | None = None
+        self._unreported = b""
         try:
             if self._is_connected():
                 self._connected()
@@ -320,10 +322,36 @@ class KTLSSocket(EstablishedFacts, FileSocket):
             raise ValueError(f"non-zero flags not allowed in calls to send() on {type(self)}")
         driver = self._driver or self._ready()
         view = data if isinstance(data, bytes | bytearray) else memoryview(data).cast("B")
+        if self._unreported:
+            return self._report(driver, view)
         try:
-            return driver.send(view)
+            sent = driver.send(view)
         except BlockingIOError:
-            return self.perform(lambda: driver.send(view), for_write)
+            sent = self.perform(lambda: driver.send(view), for_write)
+        if driver.unsent:
+            self._push_out(driver, view, sent)
+        return sent
+
+    def _push_out(
+        self, driver: RecordDriver, view: bytes | bytearray | memoryview, sent: int
+    ) -> None:
+        """Get out what was accepted but is still in this process (never with kernel TLS): the application may only read from here on.
+
+        On a non-blocking socket ``send`` can't wait for that: as OpenSSL does, it asks to be called again with the same data, and reports it then.
+        """
+        try:
+            self.perform(lambda: driver.flush(), for_write)
+        except ssl.SSLWantWriteError:
+            self._unreported = bytes(view[:sent])
+            raise
+
+    def _report(self, driver: RecordDriver, view: bytes | bytearray | memoryview) -> int:
+        count = min(len(view), len(self._unreported))
+        if bytes(view[:count]) != self._unreported[:count]:
+            raise LocalProtocolError("after SSLWantWriteError the same data must be sent again")
+        self.perform(lambda: driver.flush(), for_write)
+        self._unreported = self._unreported[count:]
+        return count
 
     def sendall(self, data: ReadableBuffer, flags: int = 0) -> None:
         """Send all of ``data``. After an exception it is unknown how much was accepted."""

@@ -90,8 +90,13 @@ class Driver:
 
     @property
     def owes(self) -> bool:
-        """Whether commands of the sending side wait for room in TCP's buffer."""
+        """Whether commands, or bytes sealed already, wait in this process for room in TCP's buffer."""
         return self._sending.owes
+
+    @property
+    def unsent(self) -> bool:
+        """Whether accepted data waits in this process: then nothing but a further call (``run_owed``, ``flush``) moves it."""
+        return self._sending.unsent
 
     @property
     def peer_closed(self) -> bool:

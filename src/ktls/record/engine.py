@@ -74,6 +74,11 @@ class EngineDriver:
         return bool(self._out) or self._outgoing.pending > 0
 
     @property
+    def unsent(self) -> bool:
+        """The same: the engine's messages and the application's data are one stream of bytes."""
+        return self.owes
+
+    @property
     def peer_closed(self) -> bool:
         """Whether the peer's close_notify was received."""
         return self._peer_closed

@@ -72,7 +72,7 @@ class RecordSender(Protocol):
     def send(self, data: ReadBuffer, flags: int = 0) -> int:
         """Send application data, as many records as needed; return how many bytes were accepted, at least 1.
 
-        Accepted bytes need no further call to be delivered, except ``flush`` before closing.
+        Accepted bytes need no further call to be delivered, unless ``unsent`` says so, and except ``flush`` before closing.
         """
         ...
 
@@ -86,6 +86,11 @@ class RecordSender(Protocol):
 
     def install(self, keys: TrafficKeys) -> None:
         """Protect everything from here on with ``keys``, sequence number 0. ``OSError`` if refused; the old key is then still in force."""
+        ...
+
+    @property
+    def unsent(self) -> bool:
+        """Whether accepted bytes are still in this process: then nothing but a further call (``flush``) moves them."""
         ...
 
     def sequence_number(self) -> int:

@@ -154,6 +154,11 @@ class KernelSender:
         """See ``RecordSender``. Asks the kernel, which counts every record, whoever sent it."""
         return _rec_seq(self._sock, TLS_TX, self._suite)
 
+    @property
+    def unsent(self) -> bool:
+        """See ``RecordSender``. What the kernel has accepted it sends."""
+        return False
+
     def flush(self, flags: int = 0) -> None:
         """See ``RecordSender``. True knowledge is only in SIOCOUTQ: all that was accepted has been acknowledged by the peer's TCP."""
         if self._dead is not None:

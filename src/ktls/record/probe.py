@@ -8,7 +8,7 @@ on any version. Two depths:
 - ``probe``: everything, and records sent through it; what ``ktls doctor`` shows.
 
 Only what the kernel said about TLS is remembered. Where no pair could be made (no descriptors left, no IPv4 loopback), or memory ran out, nothing was
-found out: the answer is "not available", with that reason, and the next call tries again.
+found out: the answer is "not available", with that reason, and the next call tries again. Only who was kept waiting is not kept waiting twice.
 
 What this module does not do: it reads no documentation of the running kernel (``/proc`` is asked only which privileges we have, for a
 better reason), and says nothing about network cards: TLS in hardware can't be seen on loopback.
@@ -55,8 +55,8 @@ __all__ = (
     "rekey_supported",
 )
 
-#: Loopback answers at once, or something (a packet filter) eats the packets.
-_TIMEOUT: Final = 5.0
+#: Seconds. Loopback answers at once; or it is down, or a packet filter eats the packets.
+_TIMEOUT: Final = 2.0
 #: These say something about this moment, not about the kernel.
 _TRANSIENT: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR}
@@ -311,9 +311,10 @@ def _tls_pair(stack: ExitStack) -> tuple[socket.socket, socket.socket]:
     """Return two connected sockets with the ULP attached, owned by ``stack``; ``_NothingFound`` if that can't be had."""
     try:
         pair = _tcp_pair(stack)
-    except OSError as error:  # TimeoutError too
+    except OSError as error:
         reason = f"no TCP connection over 127.0.0.1 to try it on: {_text(error)}"
-        raise _NothingFound(reason, transient=True) from error
+        # To be kept waiting once is enough, whoever eats the packets.
+        raise _NothingFound(reason, transient=not isinstance(error, TimeoutError)) from error
     try:
         for sock in pair:
             attach(sock)

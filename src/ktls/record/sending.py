@@ -63,8 +63,13 @@ class SendingHalf:
 
     @property
     def owes(self) -> bool:
-        """Whether commands wait for room in TCP's buffer."""
-        return bool(self._owed)
+        """Whether commands, or bytes sealed already, wait in this process for room in TCP's buffer."""
+        return bool(self._owed) or self._sender.unsent
+
+    @property
+    def unsent(self) -> bool:
+        """Whether accepted data waits in this process: then nothing but a further call moves it."""
+        return self._sender.unsent
 
     def send(self, data: ReadBuffer, flags: int = 0) -> int:
         """Send application data; return how many bytes were accepted (0 only for no data).
@@ -126,9 +131,11 @@ class SendingHalf:
 
     def run_owed(self) -> None:
         """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
-        while self._owed and self._lock.acquire(blocking=False):
+        while self.owes and self._lock.acquire(blocking=False):
             try:
                 self._run_owed(socket.MSG_DONTWAIT)
+                if self._sender.unsent:
+                    self._sender.flush(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError:

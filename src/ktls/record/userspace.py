@@ -92,6 +92,11 @@ class UserspaceSender:
         """See ``RecordSender``."""
         return self._protection.sequence_number
 
+    @property
+    def unsent(self) -> bool:
+        """See ``RecordSender``."""
+        return len(self._out) > 0
+
     def flush(self, flags: int = 0) -> None:
         """See ``RecordSender``."""
         if self._dead is not None:
