@@ -23,7 +23,7 @@ from typing import Final
 
 from ktls.handshake.handoff import RecordDriver
 
-__all__ = ("close_in_background", "finish", "try_finish")
+__all__ = ("close_in_background", "drop_unread", "finish", "try_finish")
 
 _DROP_READS: Final = 64
 _DROP_SIZE: Final = 64 * 1024

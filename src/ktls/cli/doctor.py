@@ -55,7 +55,10 @@ class Report:
     def collect(cls) -> Report:
         """Ask the kernel, then the files: probing loads modules, and puts algorithms to use."""
         capabilities = probe()
-        return cls(capabilities, module_state(), drivers(), counters())
+        module = module_state()
+        if capabilities.kernel_tls and not module.loaded:  # there is no /proc to say so
+            module = Module(loaded=True, on_disk=None)
+        return cls(capabilities, module, drivers(), counters())
 
 
 @click.command()
@@ -176,7 +179,8 @@ def _show(report: Report, judgement: Verdict) -> None:
         console.print(_feature_table(report.capabilities, notes))
         for line in notes.lines():
             console.print(Text(line))
-        console.print(_driver_table(report.drivers))
+        if report.drivers:
+            console.print(_driver_table(report.drivers))
         if report.counters:
             console.print(_counter_table(report.counters))
     else:

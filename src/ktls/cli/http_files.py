@@ -15,6 +15,8 @@ import socket
 import socketserver
 import stat
 import sys
+import threading
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, final
@@ -22,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, final
 from .failure import reason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import ktls
@@ -31,6 +34,8 @@ __all__ = ("FileServer", "parse_range")
 #: A client that does not finish its handshake loses its thread; so does one that is silent between requests.
 _HANDSHAKE_TIMEOUT: Final = 10.0
 _IDLE_TIMEOUT: Final = 60.0
+#: How long a slow client may hold up the end of the server.
+_CLOSING_TIMEOUT: Final = 0.5
 _ONE_RANGE: Final = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.ASCII | re.IGNORECASE)
 
 
@@ -59,7 +64,7 @@ class FileServer(ThreadingHTTPServer):
     """Serves ``directory`` over TLS; each connection in a thread of its own."""
 
     request_queue_size = 128
-    daemon_threads = True
+    daemon_threads = False  # they end when the server is closed
 
     def __init__(
         self, address: tuple[Any, ...], family: int, context: ktls.SSLContext, directory: Path
@@ -67,6 +72,9 @@ class FileServer(ThreadingHTTPServer):
         self.address_family = family
         self.directory = str(directory)
         self._context = context
+        self._lock = threading.Lock()
+        self._connections: set[ktls.KTLSSocket] = set()
+        self._closing = False
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -77,14 +85,39 @@ class FileServer(ThreadingHTTPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Do one connection, from the handshake to close_notify, in its thread."""
         tls = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        with tls:
+        with tls, self._counted(tls):
             tls.settimeout(_HANDSHAKE_TIMEOUT)
             tls.do_handshake()
             _Handler(tls, client_address, self)
             tls.shutdown(socket.SHUT_WR)
 
+    @contextmanager
+    def _counted(self, tls: ktls.KTLSSocket) -> Iterator[None]:
+        """Keep ``tls`` among the connections until just before it is closed: then its descriptor may be somebody else's."""
+        with self._lock:
+            if self._closing:
+                raise ConnectionAbortedError("the server is closing")
+            self._connections.add(tls)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._connections.discard(tls)
+
+    def server_close(self) -> None:
+        """Stop listening, cut every connection, wait for the threads. Clients see that what they have is not all: no close_notify is sent."""
+        with self._lock:
+            self._closing = True
+            self._context.shutdown_timeout = _CLOSING_TIMEOUT
+            for tls in self._connections:
+                with suppress(OSError):
+                    socket.socket.shutdown(tls, socket.SHUT_RDWR)  # of TCP, not of TLS
+        super().server_close()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line why a connection ended early."""
+        if self._closing:
+            return
         error = sys.exception()
         what = reason(error) if isinstance(error, OSError) else repr(error)
         print(f"{client_address[0]}: connection ended: {_printable(what)}", file=sys.stderr)
@@ -176,7 +209,11 @@ class _Handler(SimpleHTTPRequestHandler):
         if not self._body:
             return
         promised = len(self._body)
-        self._sent = self.connection.sendfile(file, self._body.start, promised)
+        file.seek(self._body.start)
+        try:
+            self.connection.sendfile(file, self._body.start, promised)
+        finally:
+            self._sent = file.tell() - self._body.start  # its position is right after errors, too
         if self._sent != promised:
             raise _FileShrank(f"the file shrank: {self._sent} of {promised} bytes sent")
 

@@ -39,16 +39,18 @@ class Reader:
         self._ahead = bytearray()
 
     def readline(self, limit: int = _MAX_LINE) -> bytes:
-        """Return a line with its end, or less at the end of the stream or at ``limit``; what ``http.client.parse_headers`` asks for."""
+        """Return a line with its end, or its first ``limit`` bytes: what ``http.client.parse_headers`` asks for. ``EOFError`` if it is cut."""
         start = 0
         while True:
-            end = self._ahead.find(b"\n", start)
-            if end >= 0 or len(self._ahead) >= limit:
-                return self.take(min(end + 1 if end >= 0 else limit, limit))
+            end = self._ahead.find(b"\n", start, limit)
+            if end >= 0:
+                return self.take(end + 1)
+            if len(self._ahead) >= limit:
+                return self.take(limit)
             start = len(self._ahead)
             data = self._recv(_READ_SIZE)
             if not data:
-                return self.take(limit)
+                raise EOFError
             self._ahead += data
 
     def take(self, size: int) -> bytes:
@@ -74,27 +76,18 @@ class Reader:
                 size -= len(data)
                 yield data
             self._end_line()
-        while (line := self.readline()).strip(b"\r\n"):  # trailer fields
+        while self.readline().strip(b"\r\n"):  # trailer fields
             pass
-        if not line:
-            raise EOFError
 
     def _chunk_size(self) -> int:
-        line = self.readline(1024)
-        match = _CHUNK_SIZE.fullmatch(line)
-        if match is not None:
-            return int(match[1], 16)
-        if line.endswith(b"\n") or len(line) >= 1024:
+        match = _CHUNK_SIZE.fullmatch(self.readline(1024))
+        if match is None:
             raise Failure("the server's answer is not HTTP: a chunk has no size")
-        raise EOFError
+        return int(match[1], 16)
 
     def _end_line(self) -> None:
-        line = self.readline(2)
-        if line in (b"\r\n", b"\n"):
-            return
-        if len(line) < 2:
-            raise EOFError
-        raise Failure("the server's answer is not HTTP: a chunk has no end")
+        if self.readline(2) not in (b"\r\n", b"\n"):
+            raise Failure("the server's answer is not HTTP: a chunk has no end")
 
 
 @final
@@ -157,10 +150,7 @@ class Reply:
 def read_reply(reader: Reader) -> Reply:
     """Read the head of the final answer; interim ones (100, 103) are skipped."""
     for _ in range(_MAX_INTERIM):
-        line = reader.readline()
-        if not line:
-            raise EOFError
-        match = _STATUS_LINE.fullmatch(line)
+        match = _STATUS_LINE.fullmatch(reader.readline())
         if match is None:
             raise Failure("the server's answer is not HTTP/1.1")
         try:

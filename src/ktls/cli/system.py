@@ -84,9 +84,12 @@ def module_state(proc: Path = _PROC, modules: Path = _MODULES) -> Module:
 
 
 def drivers(proc: Path = _PROC) -> tuple[Driver, ...]:
-    """Return the driver of each algorithm. An algorithm appears in /proc/crypto once somebody has used it."""
+    """Return the driver of each algorithm, nothing without /proc/crypto. An algorithm appears there once somebody has used it."""
+    listed = _read(proc / "crypto")
+    if not listed:
+        return ()
     best = {name: Driver(name, None, -1) for name in ALGORITHMS}
-    for block in _read(proc / "crypto").split("\n\n"):
+    for block in listed.split("\n\n"):
         lines = (line.partition(":") for line in block.splitlines())
         fields = {key.strip(): value.strip() for key, _, value in lines}
         current = best.get(fields.get("name", ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from . import openssl
-from .result import EngineObject, HandshakeResult, HandshakeSecrets, PeerInfo
+from .result import HandshakeResult
 
 if TYPE_CHECKING:
     import ssl
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "EngineFactory",
-    "EngineObject",
     "HandshakeEngine",
-    "HandshakeResult",
-    "HandshakeSecrets",
-    "PeerInfo",
     "engine_for",
     "register_engine",
 )

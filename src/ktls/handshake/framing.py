@@ -7,6 +7,7 @@ never raise, because the engine is the one to complain.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
@@ -42,6 +43,9 @@ _SERVER_NAME: Final = 0  # RFC 6066 §3
 _MAX_FRAGMENT_LENGTH: Final = 1  # RFC 6066 §4
 _RECORD_SIZE_LIMIT: Final = 28  # RFC 8449 §4
 _MIN_RECORD_SIZE_LIMIT: Final = 64
+_WANTED: Final = frozenset((_SERVER_NAME, _MAX_FRAGMENT_LENGTH, _RECORD_SIZE_LIMIT))
+#: Type and length of an extension (RFC 9846 §4.3).
+_EXTENSION_HEADER: Final = struct.Struct("!HH")
 
 
 @final
@@ -114,10 +118,13 @@ class RecordFramer:
 
 
 def split_records(data: bytes) -> list[bytes]:
-    """Cut ``data``, which an engine produced, into records."""
-    framer = RecordFramer()
-    framer.feed(data)
-    return list(framer)
+    """Cut ``data``, which an engine produced and so is nothing but whole records, into them."""
+    records, start = [], 0
+    while start < len(data):
+        end = start + _HEADER + int.from_bytes(data[start + 3 : start + _HEADER], "big")
+        records.append(data[start:end])
+        start = end
+    return records
 
 
 @final
@@ -146,9 +153,6 @@ class _Reader:
         self._data = data
         self._offset = 0
 
-    def __bool__(self) -> bool:
-        return self._offset < len(self._data)
-
     def take(self, count: int) -> bytes:
         chunk = self._data[self._offset : self._offset + count]
         if len(chunk) != count:
@@ -169,16 +173,20 @@ def parse_client_hello(body: bytes) -> ClientHello | None:
     except _TooShortError:
         return None
     extensions: dict[int, bytes] = {}
+    block = b""
     try:
         reader.vector(1)  # legacy_session_id
         reader.vector(2)  # cipher_suites
         reader.vector(1)  # legacy_compression_methods
-        block = _Reader(reader.vector(2))
-        while block:
-            number = int.from_bytes(block.take(2), "big")
-            extensions.setdefault(number, block.vector(2))
+        block = reader.vector(2)
     except _TooShortError:
         pass  # the engine refuses it, or there were no extensions at all (RFC 5246 §7.4.1.2)
+    start = 0
+    while start + 4 <= len(block):
+        number, length = _EXTENSION_HEADER.unpack_from(block, start)
+        start += 4 + length
+        if number in _WANTED and start <= len(block):
+            extensions.setdefault(number, block[start - length : start])
     return ClientHello(
         random=random,
         server_name=_host_name(extensions.get(_SERVER_NAME, b"")),

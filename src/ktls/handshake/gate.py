@@ -7,11 +7,7 @@ handshake waits for ever. ``keylog`` registers the gate with ``os.register_at_fo
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Final
 
 __all__ = ("Gate", "gate")
 
@@ -21,7 +17,7 @@ _PATIENCE: Final = 5.0
 
 
 class Gate:
-    """Lets any number of handshake calls run, but none while the process forks."""
+    """Lets any number of handshake calls run (``with gate:`` around each), but none while the process forks."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -35,23 +31,20 @@ class Gate:
         depth: int = getattr(self._local, "depth", 0)
         return depth
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Around every handshake call."""
+    def __enter__(self) -> None:
         with self._condition:
             # A handshake inside a handshake's callback must not wait for a fork that waits for it.
             while self._forking and not self._depth:
                 self._condition.wait()
             self._running += 1
             self._local.depth = self._depth + 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._local.depth -= 1
-                self._running -= 1
-                if self._forking:
-                    self._condition.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._local.depth -= 1
+            self._running -= 1
+            if self._forking:
+                self._condition.notify_all()
 
     def before_fork(self) -> None:
         """Wait until no other thread is inside, and let nobody in."""

@@ -178,7 +178,7 @@ class OpenSSLHandshake:
         """Let the engine go as far as it can; return whether it is done."""
         done = False
         try:
-            with gate.passing():
+            with gate:
                 engine.sslobject.do_handshake()
             done = True
         except ssl.SSLWantReadError:
@@ -186,7 +186,7 @@ class OpenSSLHandshake:
         finally:
             output = engine.outgoing.read()
             self._output += output
-        records = split_records(output)
+        records = split_records(output) if output else []
         for record in records:
             self._see_sent(record)
         if done:

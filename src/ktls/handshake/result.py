@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .tickets import TicketRelay
 
-__all__ = ("EngineObject", "HandshakeResult", "HandshakeSecrets", "PeerInfo")
+__all__ = ("CipherTuple", "EngineObject", "HandshakeResult", "HandshakeSecrets", "PeerInfo")
 
 #: (name, version, secret bits), as ``ssl.SSLSocket.cipher()`` gives it.
 CipherTuple: TypeAlias = tuple[str, str, int]

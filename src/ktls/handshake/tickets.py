@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import threading
 from typing import TYPE_CHECKING, Final, final
 
 from ktls.protocol.enums import AlertDescription, ContentType, KeyUpdateRequest
@@ -46,7 +47,7 @@ def discard_engine(sslobject: ssl.SSLObject) -> None:
 
 @final
 class TicketRelay:
-    """The engine of a client after the hand-off, as a maker of sessions. Not thread-safe: the caller serialises.
+    """The engine of a client after the hand-off, as a maker of sessions. Thread-safe: ``session`` may be asked while a ticket is fed.
 
     ``rx_secret`` and ``tx_secret`` are the traffic secrets, generation 0, of the receiving and the sending direction; None for TLS 1.2.
     """
@@ -54,6 +55,7 @@ class TicketRelay:
     __slots__ = (
         "_fresh",
         "_incoming",
+        "_lock",
         "_on_session",
         "_outgoing",
         "_rx",
@@ -73,6 +75,7 @@ class TicketRelay:
         rx_secret: TrafficSecret | None = None,
         tx_secret: TrafficSecret | None = None,
     ) -> None:
+        self._lock = threading.RLock()
         self._sslobject: ssl.SSLObject | None = sslobject
         self._incoming = incoming
         self._outgoing = outgoing
@@ -108,10 +111,11 @@ class TicketRelay:
 
         The engine is asked only when you ask, and once per ticket: each read leaks some 6 KB in Python 3.11.
         """
-        if not self._fresh and self._sslobject is not None:
-            self._session = self._sslobject.session
-            self._fresh = True
-        return self._session
+        with self._lock:
+            if not self._fresh and self._sslobject is not None:
+                self._session = self._sslobject.session
+                self._fresh = True
+            return self._session
 
     @property
     def has_ticket(self) -> bool:
@@ -127,40 +131,46 @@ class TicketRelay:
         self._announce()
 
     def _announce(self) -> None:
-        if self._on_session is not None and self.has_ticket and self.session is not None:
-            self._on_session(self.session)
+        on_session = self._on_session
+        if on_session is not None and self.has_ticket:
+            session = self.session
+            if session is not None:
+                on_session(session)
 
     def feed(self, message: bytes) -> None:
         """Give one whole NewSessionTicket message, its header included, to the engine.
 
         Raises ``RemoteProtocolError`` with the engine's own alert if it refuses; the relay is then closed. Does nothing once closed.
         """
-        if self._sslobject is None:
-            return
-        for start in range(0, len(message), MAX_FRAGMENT):
-            self._deliver(message[start : start + MAX_FRAGMENT])
-        self.tickets += 1
-        self._fresh = False
+        with self._lock:
+            if self._sslobject is None:
+                return
+            for start in range(0, len(message), MAX_FRAGMENT):
+                self._deliver(message[start : start + MAX_FRAGMENT])
+            self.tickets += 1
+            self._fresh = False
         self._announce()
 
     def ratchet(self) -> None:
         """Move the engine's secrets of both directions one generation on. Does nothing in TLS 1.2, or once closed."""
-        if self._sslobject is None or self._rx_secret is None or self._tx_secret is None:
-            return
-        self._deliver(build_key_update(KeyUpdateRequest.UPDATE_REQUESTED))
-        self._sslobject.write(b"")  # draws out the owed KeyUpdate, and with it a new sending key
-        self._outgoing.read()
-        self._rx_secret = self._rx_secret.next()
-        self._tx_secret = self._tx_secret.next()
-        self._rx = _protection(self._rx_secret)
+        with self._lock:
+            if self._sslobject is None or self._rx_secret is None or self._tx_secret is None:
+                return
+            self._deliver(build_key_update(KeyUpdateRequest.UPDATE_REQUESTED))
+            self._sslobject.write(b"")  # draws out the owed KeyUpdate: a new sending key
+            self._outgoing.read()
+            self._rx_secret = self._rx_secret.next()
+            self._tx_secret = self._tx_secret.next()
+            self._rx = _protection(self._rx_secret)
 
     def close(self) -> None:
         """Let the engine go. ``session`` stays what it was, if it was asked before."""
-        sslobject, self._sslobject = self._sslobject, None
-        self._rx = self._rx_secret = self._tx_secret = None
-        self._on_session = None
-        if sslobject is not None:
-            discard_engine(sslobject)
+        with self._lock:
+            sslobject, self._sslobject = self._sslobject, None
+            self._rx = self._rx_secret = self._tx_secret = None
+            self._on_session = None
+            if sslobject is not None:
+                discard_engine(sslobject)
 
     def _deliver(self, fragment: bytes) -> None:
         if self._rx is None or self._sslobject is None:

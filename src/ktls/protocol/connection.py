@@ -230,10 +230,7 @@ class KernelConnection:
         content_type, fragment = message.content_type, message.fragment
         if content_type == ContentType.APPLICATION_DATA:
             return self._application_data(fragment, now)
-        if not self._budget.spend(now):
-            raise RemoteProtocolError(
-                "too many records that bring no data", AlertDescription.UNEXPECTED_MESSAGE
-            )
+        self._spend(now)
         if content_type == ContentType.ALERT:
             return self._alert(fragment)
         if content_type == ContentType.HANDSHAKE:
@@ -250,11 +247,18 @@ class KernelConnection:
         if data:
             self._budget.earn(len(data))
             return (ApplicationData(data),)
-        if not self._budget.spend(now):
-            raise RemoteProtocolError("too many empty records", AlertDescription.UNEXPECTED_MESSAGE)
+        self._spend(now)
         return ()
 
+    def _spend(self, now: float) -> None:
+        if not self._budget.spend(now):
+            raise RemoteProtocolError(
+                "too many messages that bring no data", AlertDescription.UNEXPECTED_MESSAGE
+            )
+
     def _alert(self, fragment: bytes) -> Sequence[ConnectionState]:
+        if not fragment:  # RFC 9846 §5.4 names the alert
+            raise RemoteProtocolError("empty alert record", AlertDescription.UNEXPECTED_MESSAGE)
         alert = parse_alert(fragment)
         is_tls13 = self.version is ProtocolVersion.TLSv1_3
         if alert.description == AlertDescription.CLOSE_NOTIFY:
@@ -289,6 +293,8 @@ class KernelConnection:
         messages = self._reassembler.feed(fragment)
         items: list[ConnectionState] = []
         for position, message in enumerate(messages, start=1):
+            if position > 1:
+                self._spend(now)  # the record has paid for the first
             rule = HANDSHAKE_RULES[self.version, self.role][message.type]
             if rule is HandshakeRule.KEY_UPDATE:
                 if position < len(messages) or self._reassembler.pending:
@@ -355,7 +361,7 @@ class KernelConnection:
         if (self._tx.state, TxEvent.KEY_UPDATE) not in TX_TRANSITIONS:
             raise LocalProtocolError(f"the sending side is {self._tx.state.value}")
         if not self._may_advance_tx():
-            raise LocalProtocolError("this record layer can't change the sending key")
+            raise LocalProtocolError("the sending key of this connection can't be changed")
         request = KeyUpdateRequest.UPDATE_NOT_REQUESTED
         if request_peer and not self._request_outstanding:
             request = KeyUpdateRequest.UPDATE_REQUESTED

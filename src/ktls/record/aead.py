@@ -71,7 +71,7 @@ class RecordProtection:
             self._is_tls13 or not isinstance(record_type(header[0]), ContentType)
         ):
             return RemoteProtocolError(
-                f"unprotected record of type {header[0]}", AlertDescription.UNEXPECTED_MESSAGE
+                f"record of outer type {header[0]}", AlertDescription.UNEXPECTED_MESSAGE
             )
         length = int.from_bytes(header[3:HEADER_LENGTH], "big")
         if length > MAX_FRAGMENT + _EXPANSION[self.suite.version]:

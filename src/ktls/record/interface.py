@@ -39,6 +39,7 @@ ReadBuffer: TypeAlias = bytes | bytearray | memoryview
 WriteBuffer: TypeAlias = bytearray | memoryview
 
 #: After one of these the connection is gone for good. Other errors (no memory, a bad file given to ``sendfile``) say nothing about it.
+#: Nor does EBADMSG from a kernel's sender: it is the receiving half's error, and the alert about it can go out once that half has read it.
 DEAD_ERRNOS: Final = frozenset(
     {
         errno.EPIPE,
@@ -50,7 +51,6 @@ DEAD_ERRNOS: Final = frozenset(
         errno.EHOSTUNREACH,
         errno.ENETUNREACH,
         errno.ENETDOWN,
-        errno.EBADMSG,
     }
 )
 

@@ -31,7 +31,7 @@ from fcntl import ioctl
 from typing import Final, final
 
 from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType, ProtocolVersion
-from ktls.protocol.errors import KTLSError, RemoteProtocolError
+from ktls.protocol.errors import RemoteProtocolError
 from ktls.protocol.key_schedule import TrafficKeys
 from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
@@ -198,7 +198,7 @@ class KernelReceiver:
     ) -> None:
         self._sock = sock
         self._suite = suite
-        self._dead: KTLSError | None = None
+        self._dead: OSError | None = None
         # Either dead, or stopped by the kernel until the old key is set again.
         self._halted = False
         self.can_change_key = can_change_key
@@ -232,16 +232,17 @@ class KernelReceiver:
         return InboundPlainMessage(content_type, data)
 
     def record_waits(self) -> bool:
-        """Whether a control record is next, also when ``poll`` does not show it; reads nothing. For callers who poll by themselves.
+        """Whether ``read_record`` would return a control record or raise a fatal error, also when ``poll`` does not show it; reads nothing.
 
-        One byte is peeked: that opens one record at most, so it can't itself hide a KeyUpdate behind data.
+        For callers who poll by themselves. One byte is peeked: that opens one record at most, so it can't itself hide a KeyUpdate behind data.
         """
         if self._halted:
             self._go_on()
         try:
             self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as error:
-            return error.errno == errno.EIO
+            # Also this may be the one and only report of an error.
+            return isinstance(self._translate(error), ControlRecord) or self._dead is not None
         return False
 
     def splice(self, pipe: int, count: int) -> int:
@@ -249,9 +250,9 @@ class KernelReceiver:
 
         Raises as ``recv_into`` does.
         """
-        if self._halted:
-            self._go_on()
         while True:
+            if self._halted:
+                self._go_on()
             try:
                 moved = os.splice(self._sock.fileno(), pipe, count)
             except OSError as error:
@@ -268,7 +269,8 @@ class KernelReceiver:
     def _at_eof(self) -> bool:
         try:
             return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
+        except OSError as error:
+            self._translate(error)  # remembers what is reported once
             return False
 
     def install(self, keys: TrafficKeys) -> None:
@@ -287,7 +289,7 @@ class KernelReceiver:
     def _go_on(self) -> None:
         """Raise if dead. Else go on with the old key: the kernel has stopped for what was not (yet) a whole KeyUpdate."""
         if self._dead is not None:
-            raise self._dead
+            raise self._dead.with_traceback(None)
         self._halted = False
         size = CRYPTO_INFO[self._suite.aead].size
         current = self._sock.getsockopt(SOL_TLS, TLS_RX, size)
@@ -301,10 +303,13 @@ class KernelReceiver:
         """Turn the errno of a read into what the contract says."""
         if error.errno == errno.EIO:
             return ControlRecord()
-        if error.errno not in _READ_ERRORS:
+        if error.errno in _READ_ERRORS:
+            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it
+            self._dead = RemoteProtocolError(*_READ_ERRORS[error.errno])
+        elif error.errno in DEAD_ERRNOS:
+            self._dead = error
+        else:
             return error
-        self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it
-        self._dead = RemoteProtocolError(*_READ_ERRORS[error.errno])
         self._halted = True
         return self._dead
 

@@ -14,7 +14,6 @@ over at a record boundary (see ``catchup``). A record that was opened and not wh
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from typing import Final, final
@@ -113,8 +112,12 @@ class UserspaceSender:
     def _push(self, records: bytes, flags: int) -> None:
         """Take ``records`` as accepted, and send what can be sent now."""
         self._out = memoryview(records)
-        with contextlib.suppress(BlockingIOError):  # accepted: goes out with the next call
+        try:
             self.flush(flags)
+        except OSError:
+            # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
+            if self._dead is not None:
+                raise
 
 
 @final
@@ -145,7 +148,7 @@ class UserspaceReceiver:
         self._exact = exact
         #: The record that was opened and not wholly delivered.
         self._message: InboundPlainMessage | None = None
-        self._dead: KTLSError | None = None
+        self._dead: OSError | None = None
         self._eof = False
 
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
@@ -200,7 +203,7 @@ class UserspaceReceiver:
     @property
     def at_boundary(self) -> bool:
         """Whether nothing at all is held: the next byte of the TCP stream begins a record."""
-        return not self._buffer and self._message is None and not self._eof
+        return not self._buffer and self._message is None and not self._eof and self._dead is None
 
     def _fill(self, view: memoryview, fragment: bytes) -> int:
         """Deliver ``fragment``, and whole data records behind it as long as they are here and fit."""
@@ -230,13 +233,18 @@ class UserspaceReceiver:
         if self._message is not None:
             return self._message
         if self._dead is not None:
-            raise self._dead
+            raise self._dead.with_traceback(None)
         while (missing := self._missing()) > 0:
             if self._eof:
                 return (
                     None  # also inside a record: without close_notify it is a truncation either way
                 )
-            data = self._sock.recv(missing if self._exact else max(missing, _READ_SIZE), flags)
+            try:
+                data = self._sock.recv(missing if self._exact else max(missing, _READ_SIZE), flags)
+            except OSError as error:
+                if error.errno in DEAD_ERRNOS:  # TCP reports it once, and then an orderly end
+                    self._dead = error
+                raise
             self._eof = not data
             self._buffer += data
         self._message = self._open()
