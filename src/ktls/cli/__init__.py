@@ -5,6 +5,7 @@ Needs ``click`` and ``rich`` (the extra ``cli``); this module itself does not.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -16,16 +17,15 @@ __all__ = ("main",)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``ktls`` with ``arguments`` (default: those of the process) and return its exit status."""
-    try:
-        import click
-        import rich  # noqa: F401  # the commands need it; better said here than half way
-    except ModuleNotFoundError as error:
-        print(
-            f"ktls: the command needs {error.name}, which is not installed: pip install 'ktls[cli]'",
-            file=sys.stderr,
-        )
-        return 1
+    for needed in ("click", "rich"):
+        try:
+            importlib.import_module(needed)
+        except ModuleNotFoundError:
+            print(
+                f"ktls: the command needs {needed}, which is not installed: pip install 'ktls[cli]'",
+                file=sys.stderr,
+            )
+            return 1
     from .app import run
 
-    del click
     return run(arguments)

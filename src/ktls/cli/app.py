@@ -64,7 +64,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:  # usage errors too: their three lines say no more
         return _one_line(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return 128 + signal.SIGINT
+        return _one_line("interrupted", 128 + signal.SIGINT)
     except OSError as error:
         if error.errno == errno.EPIPE:  # whoever read our output has gone: nobody left to tell
             sys.stdout = None

@@ -279,8 +279,9 @@ class _Handler(SimpleHTTPRequestHandler):
         offload = self.connection.offload
         request = _printable(self.requestline)
         line = f'{self.client_address[0]} "{request}" {status} {self._sent} tx={offload.tx} rx={offload.rx}\n'
-        sys.stdout.write(line)  # as one piece: other threads write too
-        sys.stdout.flush()
+        with suppress(OSError):  # whoever read the log has gone; that is no client's fault
+            sys.stdout.write(line)  # as one piece: other threads write too
+            sys.stdout.flush()
 
 
 def _open_regular(path: str) -> IO[bytes]:

@@ -83,11 +83,12 @@ class PartialFile:
         self.file.truncate(offset)
         self.file.seek(offset)
         self.validator, self._size = validator, size
-        if validator is None:
-            self._forget()
-        else:
+        self._forget()
+        if validator is not None:
             notes = {"url": self._url, "validator": validator, "size": size}
-            self._notes.write_text(json.dumps(notes), encoding="utf-8")
+            # A new file each time: never written through somebody's link.
+            with open(self._notes, "x", encoding="utf-8") as file:
+                json.dump(notes, file)
 
     def discard(self) -> None:
         """Start over: what there is does not help."""

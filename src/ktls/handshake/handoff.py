@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from ktls.record.probe import max_payload_supported, rekey_supported
 from ktls.record.userspace import UserspaceReceiver, UserspaceSender
 
 from .result import HandshakeResult, HandshakeSecrets
-from .tickets import TicketRelay
 
 __all__ = ("Offload", "OffloadPolicy", "RecordDriver", "hand_off", "prepare")
 
@@ -116,7 +114,7 @@ def hand_off(
         key_log=result.key_log,
         now=now,
     )
-    relay = _SharedRelay(result.tickets) if result.tickets is not None else None
+    relay = result.tickets
     driver = Driver(
         connection,
         sender,
@@ -199,22 +197,3 @@ def _refused_suite(secrets: HandshakeSecrets, what: str, error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return f"the kernel has no cipher for {aead} ({what})"
     return f"the kernel refused {aead} for {what}: {os.strerror(error.errno or 0)}"
-
-
-@final
-class _SharedRelay:
-    """The ticket relay, for the reader (tickets, new receiving keys) and any sender (new sending keys) at once."""
-
-    __slots__ = ("_lock", "_relay")
-
-    def __init__(self, relay: TicketRelay) -> None:
-        self._relay = relay
-        self._lock = threading.Lock()
-
-    def feed(self, message: bytes) -> None:
-        with self._lock:
-            self._relay.feed(message)
-
-    def ratchet(self) -> None:
-        with self._lock:
-            self._relay.ratchet()

@@ -25,6 +25,7 @@ __all__ = (
     "tls_exporter",
 )
 
+_HASH_LENGTHS: Final = {"sha256": 32, "sha384": 48}
 _IV_LENGTH: Final = 12  # every AEAD of TLS 1.3 that is deployed (RFC 5116 N_MIN = 12)
 
 
@@ -81,7 +82,7 @@ class TrafficSecret:
 
     def __post_init__(self) -> None:
         """Refuse a secret that can't be one of this suite (``ValueError``)."""
-        expected = hashlib.new(self.suite.hash_name).digest_size
+        expected = _HASH_LENGTHS[self.suite.hash_name]
         if len(self.secret) != expected:
             raise ValueError(f"a traffic secret of {self.suite.name} has {expected} bytes")
 

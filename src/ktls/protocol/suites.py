@@ -91,17 +91,30 @@ class CipherSuite(enum.IntEnum):
     @property
     def aead(self) -> AEAD:
         """The AEAD algorithm of the suite."""
-        return next(aead for aead in AEAD if aead.name in self.name)
+        return _FACTS[self][0]
 
     @property
     def hash_name(self) -> str:
         """Name for ``hashlib`` of the hash of HKDF (TLS 1.3) or of the PRF (TLS 1.2)."""
-        return "sha384" if self.name.endswith("SHA384") else "sha256"
+        return _FACTS[self][1]
 
     @property
     def version(self) -> ProtocolVersion:
         """The protocol version that the suite belongs to."""
-        return ProtocolVersion.TLSv1_2 if "_WITH_" in self.name else ProtocolVersion.TLSv1_3
+        return _FACTS[self][2]
+
+
+def _facts(suite: CipherSuite) -> tuple[AEAD, str, ProtocolVersion]:
+    """Read off the name of a suite what it means."""
+    return (
+        next(aead for aead in AEAD if aead.name in suite.name),
+        "sha384" if suite.name.endswith("SHA384") else "sha256",
+        ProtocolVersion.TLSv1_2 if "_WITH_" in suite.name else ProtocolVersion.TLSv1_3,
+    )
+
+
+# Read once: a handshake asks some fifty times.
+_FACTS: Final = {suite: _facts(suite) for suite in CipherSuite}
 
 
 def _openssl_name(suite: CipherSuite) -> str:

@@ -53,8 +53,8 @@ class CatchUpReceiver:
 
     @property
     def can_change_key(self) -> bool:
-        """See ``RecordReceiver``."""
-        return self._current.can_change_key
+        """See ``RecordReceiver``. Where the kernel can't, this is about to end: so it is False from the start."""
+        return self._key_changes if self.refusal is None else self._current.can_change_key
 
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
         """See ``RecordReceiver``."""
