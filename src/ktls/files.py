@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -9,7 +10,7 @@ import os
 import socket
 import stat
 from fcntl import F_SETPIPE_SZ, fcntl
-from typing import IO, Final, Protocol, TypeAlias, final
+from typing import IO, Any, Final, Protocol, TypeAlias, final
 
 from ktls.handshake.handoff import RecordDriver
 from ktls.protocol.errors import TruncatedError
@@ -30,26 +31,42 @@ class SendableFile(Protocol):
         """Read up to ``size`` bytes; b"" at the end."""
         ...
 
-    def seek(self, offset: int, /) -> object:
+    def seek(self, offset: int, whence: int = 0, /) -> object:
         """Set the position."""
         ...
+
+
+@final
+class Pipe:
+    """A pipe for ``splice``, which never waits at its ends: the socket is what one waits for."""
+
+    __slots__ = ("reads", "writes")
+
+    def __init__(self) -> None:
+        self.reads, self.writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with contextlib.suppress(OSError):  # users with many big pipes get no more of them
+            fcntl(self.writes, F_SETPIPE_SZ, _PIPE_SIZE)
+
+    def __del__(self) -> None:
+        for fd in (self.reads, self.writes):
+            os.close(fd)
 
 
 @final
 class FileSplicer:
     """Moves decrypted records through a pipe into a file: two system calls a record, no copy in this process."""
 
-    __slots__ = ("_driver", "_file", "_offset", "_pipe", "_reads")
+    __slots__ = ("_driver", "_file", "_offset", "_pipe")
 
-    def __init__(self, driver: RecordDriver, pipe: tuple[int, int], file: IO[bytes]) -> None:
+    def __init__(self, driver: RecordDriver, pipe: Pipe, file: IO[bytes]) -> None:
         self._driver = driver
-        self._reads, self._pipe = pipe
+        self._pipe = pipe
         self._file = file
         self._offset = file.tell()
 
     def move(self, count: int) -> int:
         """Move up to ``count`` bytes; 0 at the end. ``BlockingIOError`` if nothing has come."""
-        moved = self._driver.splice(self._pipe, count)
+        moved = self._driver.splice(self._pipe.writes, count)
         left = moved
         while left:
             written = self._write(left)
@@ -60,12 +77,16 @@ class FileSplicer:
     def _write(self, count: int) -> int:
         fd = self._file.fileno()
         try:
-            return os.splice(self._reads, fd, count, offset_dst=self._offset)
+            return os.splice(self._pipe.reads, fd, count, offset_dst=self._offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
         # Some files can't be spliced into (O_APPEND, a few file systems).
-        return os.pwrite(fd, os.read(self._reads, count), self._offset)
+        data = os.read(self._pipe.reads, count)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(fd, data[written:], self._offset + written)
+        return written
 
     def finish(self) -> None:
         """Set the position of the file behind what was written."""
@@ -76,23 +97,35 @@ class FileSplicer:
 class FileCopier:
     """Reads decrypted bytes and writes them."""
 
-    __slots__ = ("_buffer", "_driver", "_file")
+    __slots__ = ("_buffer", "_driver", "_file", "_flags")
 
-    def __init__(self, driver: RecordDriver, file: IO[bytes]) -> None:
+    def __init__(self, driver: RecordDriver, file: IO[bytes], flags: int) -> None:
         self._driver = driver
         self._file = file
+        self._flags = flags
         self._buffer = bytearray(_COPY_SIZE)
 
     def move(self, count: int) -> int:
         """Move up to ``count`` bytes; 0 at the end. ``BlockingIOError`` if nothing has come."""
-        moved = self._driver.recv_into(self._buffer, min(count, len(self._buffer)))
-        if moved:
-            with memoryview(self._buffer) as view:
-                self._file.write(view[:moved])
+        moved = self._driver.recv_into(self._buffer, min(count, len(self._buffer)), self._flags)
+        written = 0
+        with memoryview(self._buffer) as view:
+            while written < moved:  # raw files may take only a part
+                written += self._write(view[written:moved])
         return moved
 
+    def _write(self, data: memoryview) -> int:
+        try:
+            written: int | None = self._file.write(data)
+        except BlockingIOError:
+            written = None  # must not be taken for the socket's
+        if written is None:
+            raise ValueError("non-blocking files are not supported")
+        return written
+
     def finish(self) -> None:
-        """Nothing is held back."""
+        """Hold nothing back."""
+        self._file.flush()
 
 
 #: Either of them.
@@ -100,17 +133,26 @@ FileMover: TypeAlias = FileSplicer | FileCopier
 
 
 class FileSocket(WaitingSocket):
-    """A TLS socket that can send and receive files. ``_ready`` and ``sendall`` are its subclass's."""
+    """A TLS socket that can send and receive files. ``_ready`` and ``send`` are its subclass's."""
 
     __slots__ = ("_pipe", "_suppress_ragged_eofs")
 
     def __init__(self, sock: socket.socket, *, suppress_ragged_eofs: bool) -> None:
         super().__init__(sock)
         self._suppress_ragged_eofs = suppress_ragged_eofs
-        self._pipe: tuple[int, int] | None = None
+        self._pipe: Pipe | None = None
 
     def _ready(self) -> RecordDriver:
         raise NotImplementedError
+
+    @staticmethod
+    def _regular(file: Any) -> int | None:
+        """Return the descriptor of a regular file, or None for whatever else can be read or written."""
+        try:
+            fd: int = file.fileno()  # BytesIO has one that raises, other readers have none
+            return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        except (AttributeError, io.UnsupportedOperation):
+            return None
 
     def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
         """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
@@ -125,12 +167,8 @@ class FileSocket(WaitingSocket):
         if self.gettimeout() == 0.0:
             raise ValueError("non-blocking sockets are not supported")
         driver = self._ready()
-        try:
-            fd = getattr(file, "fileno")()  # noqa: B009  # BytesIO has one that raises, other readers have none
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        except (AttributeError, io.UnsupportedOperation):
-            regular = False
-        if not regular:
+        fd = self._regular(file)
+        if fd is None:
             return self._sendfile_use_send(file, offset, count)
         total = 0
         try:
@@ -159,8 +197,17 @@ class FileSocket(WaitingSocket):
             data = file.read(_PIPE_SIZE if count is None else min(_PIPE_SIZE, count - total))
             if not data:
                 break
-            self.sendall(data)
-            total += len(data)
+            with memoryview(data) as view:
+                sent = 0
+                try:
+                    while sent < len(view):
+                        sent += self.send(view[sent:])
+                except BaseException:
+                    with contextlib.suppress(OSError):  # what can't be sought can't be read again
+                        file.seek(sent - len(view), os.SEEK_CUR)
+                    raise
+            total += sent
+            self._ready().settle(read_ahead=True)  # as in ``sendfile``
         return total
 
     def recvfile(self, file: IO[bytes], count: int | None = None) -> int:
@@ -171,10 +218,11 @@ class FileSocket(WaitingSocket):
         """
         driver = self._ready()
         file.flush()
-        if driver.rx_layer == "kernel" and not driver.pending():
+        spliceable = driver.rx_layer == "kernel" and not driver.pending()
+        if spliceable and self._regular(file) is not None:
             mover: FileMover = FileSplicer(driver, self._get_pipe(), file)
         else:
-            mover = FileCopier(driver, file)
+            mover = FileCopier(driver, file, self._read_flags)
         total = 0
         try:
             while count is None or total < count:
@@ -186,21 +234,17 @@ class FileSocket(WaitingSocket):
         except TruncatedError:
             if not self._suppress_ragged_eofs:
                 raise
-        except OSError:
+        except BaseException:
             self._drop_pipe()  # what is in it was meant for this file
             raise
         finally:
             mover.finish()
         return total
 
-    def _get_pipe(self) -> tuple[int, int]:
+    def _get_pipe(self) -> Pipe:
         if self._pipe is None:
-            self._pipe = os.pipe2(os.O_CLOEXEC)
-            fcntl(self._pipe[1], F_SETPIPE_SZ, _PIPE_SIZE)
+            self._pipe = Pipe()
         return self._pipe
 
     def _drop_pipe(self) -> None:
-        if self._pipe is not None:
-            for fd in self._pipe:
-                os.close(fd)
-            self._pipe = None
+        self._pipe = None

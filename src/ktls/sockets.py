@@ -47,6 +47,7 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         "_context",
         "_established",
         "_handshake_on_connect",
+        "_prepared",
         "_pump",
         "_server_hostname",
         "_server_side",
@@ -86,6 +87,7 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         self._session = session
         self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
         self._established = None
+        self._prepared = False
         self._unavailable: str | None = None
         self._unreported = b""
         try:
@@ -120,19 +122,23 @@ class KTLSSocket(EstablishedFacts, FileSocket):
 
     def connect(self, address: Any) -> None:
         """Connect, and shake hands unless ``do_handshake_on_connect`` is off."""
-        if self._server_side:
-            raise ValueError("can't connect in server-side mode")
+        self._check_may_connect()
         super().connect(address)
         self._connected()
 
     def connect_ex(self, address: Any) -> int:
         """Connect as ``connect`` does, but return an errno instead of raising for errors of the connect call."""
-        if self._server_side:
-            raise ValueError("can't connect in server-side mode")
+        self._check_may_connect()
         error = super().connect_ex(address)
         if not error:
             self._connected()
         return error
+
+    def _check_may_connect(self) -> None:
+        if self._server_side:
+            raise ValueError("can't connect in server-side mode")
+        if self._prepared:
+            raise ValueError("attempt to connect already-connected KTLSSocket!")
 
     def accept(self) -> tuple[KTLSSocket, Any]:
         """Accept a connection and wrap it with the settings of this socket; shakes hands unless that is off."""
@@ -163,13 +169,17 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         return True
 
     def _connected(self) -> None:
-        self._unavailable = prepare(self._raw, self._settings.offload)
+        self._prepare()
         if self._handshake_on_connect:
             if self.gettimeout() == 0.0:
                 raise ValueError(
                     "do_handshake_on_connect should not be specified for non-blocking sockets"
                 )
             self.do_handshake()
+
+    def _prepare(self) -> None:
+        self._prepared = True
+        self._unavailable = prepare(self._raw, self._settings.offload)
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands; does nothing if that was done. ``block``: without a timeout, whatever the socket's.
@@ -185,7 +195,7 @@ class KTLSSocket(EstablishedFacts, FileSocket):
             if self._pump is None:
                 self._pump = self._start()
             pump, engine = self._pump
-            self.perform(pump.run, lambda: pump.wants_write)
+            self.perform(pump.run, lambda: pump.wants_write, "handshake")
         finally:
             if block and timeout == 0.0:
                 self.settimeout(timeout)
@@ -206,6 +216,8 @@ class KTLSSocket(EstablishedFacts, FileSocket):
 
     def _start(self) -> tuple[HandshakePump, HandshakeEngine]:
         self.getpeername()  # ENOTCONN is clearer than what the engine would say
+        if not self._prepared:  # a connect that did not wait has ended meanwhile
+            self._prepare()
         cache, key = self._settings.session_cache, self._cache_key()
         if cache is not None and key is not None and self._session is None:
             self._session = cache.take(key)
@@ -219,7 +231,8 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         return HandshakePump(self._raw, engine), engine
 
     def _cache_key(self) -> tuple[str, int] | None:
-        if self._server_side or not self._server_hostname:
+        internet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if self._server_side or not self._server_hostname or not internet:
             return None
         return self._server_hostname, int(self.getpeername()[1])
 
@@ -277,12 +290,12 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         if flags:
             raise ValueError(f"non-zero flags not allowed in calls to recv_into() on {type(self)}")
         with memoryview(buffer).cast("B") as view:
-            size = nbytes or len(view)
-            if size < 0 or size > len(view):
-                raise ValueError("nbytes must be between 0 and the size of the buffer")
+            size = min(nbytes or len(view), len(view))
+            if size < 0:
+                raise ValueError("negative nbytes in recv_into")
             return self._recv_into(view, size) if size else 0
 
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+    def recv(self, bufsize: int = 1024, flags: int = 0) -> bytes:
         """Receive up to ``bufsize`` bytes; b"" at the end. Raises as ``recv_into``."""
         if flags:
             raise ValueError(f"non-zero flags not allowed in calls to recv() on {type(self)}")
@@ -303,9 +316,11 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         driver = self._driver or self._ready()
         try:
             try:
-                count = driver.recv_into(buffer, size)
+                count = driver.recv_into(buffer, size, self._read_flags)
             except BlockingIOError:
-                count = self.perform(lambda: driver.recv_into(buffer, size), for_read)
+                count = self.perform(
+                    lambda: driver.recv_into(buffer, size, self._read_flags), for_read
+                )
         except TruncatedError:
             if not self._suppress_ragged_eofs:
                 raise
@@ -337,11 +352,11 @@ class KTLSSocket(EstablishedFacts, FileSocket):
     ) -> None:
         """Get out what was accepted but is still in this process (never with kernel TLS): the application may only read from here on.
 
-        On a non-blocking socket ``send`` can't wait for that: as OpenSSL does, it asks to be called again with the same data, and reports it then.
+        If ``send`` can't wait (so long) for that, then as OpenSSL does, it asks to be called again with the same data, and reports it then.
         """
         try:
             self.perform(lambda: driver.flush(), for_write)
-        except ssl.SSLWantWriteError:
+        except (ssl.SSLWantWriteError, TimeoutError):
             self._unreported = bytes(view[:sent])
             raise
 
@@ -393,50 +408,56 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         driver = self._running()
         self.perform(lambda: driver.close_notify(), for_write)
         scrap = bytearray(_MAX_RECV)
-        while self.perform(lambda: driver.recv_into(scrap), for_read):
+        while self.perform(lambda: driver.recv_into(scrap, 0, self._read_flags), for_read):
             pass
         if "kernel" in (driver.tx_layer, driver.rx_layer):
             return self
         self.perform(driver.flush, for_write)
-        self._raw.detach()
-        return socket.socket(self.family, self.type, self.proto, fileno=self.detach())
+        timeout = self.gettimeout()
+        plain = socket.socket(self.family, self.type, self.proto, fileno=self.detach())
+        plain.settimeout(timeout)
+        return plain
 
     def detach(self) -> int:
         """Give the descriptor away without closing anything. With kernel TLS its new holder can go on, and see the keys."""
+        self._driver = None
         self._raw.detach()
         self._release()
         return super().detach()
 
     def _real_close(self) -> None:
         driver, self._driver = self._driver, None
+        inherited = False
         try:
-            if driver is not None:
-                self._close_tls(driver)
+            # After ``detach`` and ``unwrap`` the descriptor is somebody else's.
+            if driver is not None and self.fileno() >= 0:
+                inherited = self._close_tls(driver)
         finally:
-            self._raw.detach()
+            if not inherited:
+                self._raw.detach()
             self._release()
             super()._real_close()  # type: ignore[misc]  # not in typeshed; ssl.SSLSocket overrides it too
 
-    def _close_tls(self, driver: RecordDriver) -> None:
+    def _close_tls(self, driver: RecordDriver) -> bool:
+        """Say goodbye; return whether somebody else closes the descriptor, later."""
         try:
             if self.gettimeout() != 0.0:
                 self._finish(driver)
             elif not try_finish(self._raw, driver):
-                self._raw.detach()
-                heir = socket.socket(self.family, self.type, self.proto, fileno=super().detach())
-                close_in_background(heir, driver, self._settings.shutdown_timeout)
-                return
+                super().detach()  # to the raw one, which the driver uses
+                close_in_background(self._raw, driver, self._settings.shutdown_timeout)
+                return True
         except TimeoutError:
             raise  # data was lost, and only we know
         except OSError:
-            return  # the peer has gone: that is what closing is for
+            return False  # the peer has gone: that is what closing is for
         drop_unread(self._raw)
+        return False
 
     def _finish(self, driver: RecordDriver) -> None:
         timeout = self.gettimeout()
         limit = self._settings.shutdown_timeout
         finish(self._raw, driver, limit if timeout is None else min(timeout, limit))
-        self._raw.setblocking(timeout is None)
 
     def _release(self) -> None:
         """Let go of what a connection holds beside its descriptor."""

@@ -46,9 +46,11 @@ class _RawSocket(socket.socket):
 class WaitingSocket(socket.socket):
     """A stream socket with a raw twin, and a driver once there is one."""
 
-    __slots__ = ("_driver", "_raw")
+    __slots__ = ("_driver", "_raw", "_read_flags")
 
     _driver: RecordDriver | None
+    #: For reading: whoever shuts down makes the descriptor blocking for a while, and a reader with a timeout must not be caught by that.
+    _read_flags: int
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over the descriptor of ``sock``, which is detached, and its timeout."""
@@ -64,13 +66,16 @@ class WaitingSocket(socket.socket):
         super().settimeout(value)
         # The record layers never see a Python timeout (see the theory above).
         self._raw.settimeout(None if value is None else 0.0)
+        self._read_flags = 0 if value is None else socket.MSG_DONTWAIT
 
     def setblocking(self, flag: bool) -> None:
         """Set blocking or non-blocking mode."""
         self.settimeout(None if flag else 0.0)
 
-    def perform(self, operation: Callable[[], _T], writes: Callable[[], bool]) -> _T:
-        """Run ``operation``, and whenever it would block wait, until the timeout. ``writes`` says what it waits for."""
+    def perform(
+        self, operation: Callable[[], _T], writes: Callable[[], bool], name: str | None = None
+    ) -> _T:
+        """Run ``operation``, and whenever it would block wait, until the timeout. ``writes`` says what it waits for, ``name`` what timed out."""
         timeout = self.gettimeout()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -83,9 +88,9 @@ class WaitingSocket(socket.socket):
                 kind = ssl.SSLWantWriteError if write else ssl.SSLWantReadError
                 code = ssl.SSL_ERROR_WANT_WRITE if write else ssl.SSL_ERROR_WANT_READ
                 raise kind(code, "The operation did not complete")
-            self._wait(write, deadline)
+            self._wait(write, deadline, name or ("write" if write else "read"))
 
-    def _wait(self, write: bool, deadline: float | None) -> None:
+    def _wait(self, write: bool, deadline: float | None, name: str) -> None:
         driver = self._driver
         events = select.POLLOUT if write else select.POLLIN
         if driver is not None and driver.owes:
@@ -95,7 +100,7 @@ class WaitingSocket(socket.socket):
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = poller.poll(None if remaining is None else remaining * 1000)
         if not ready and deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"The {'write' if write else 'read'} operation timed out")
+            raise TimeoutError(f"The {name} operation timed out")
         if driver is not None and driver.owes:
             driver.run_owed()
 

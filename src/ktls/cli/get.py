@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ktls.handshake.handoff import OffloadPolicy
 
-__all__ = ("command",)
+__all__ = ("Location", "command")
 
 _MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -197,7 +197,7 @@ class _Download:
         length = reply.length
         offset, size = self._place(reply, length)
         self._part.start(offset, reply.validator, size)
-        with _progress(offset, size) as advance:
+        with _ProgressBar(offset, size) as advance:
             try:
                 self._copy(tls, reader, reply, length, advance)
             except (EOFError, ktls.TruncatedError) as error:
@@ -264,6 +264,8 @@ def _kept(part: PartialFile) -> str:
 def _target(location: Location, output: str | None) -> Path:
     if output is None:
         return Path(location.file_name)
+    if output == "-":
+        raise Failure("a download goes into a file: it is checked before it gets its name")
     path = Path(output)
     return path / location.file_name if output.endswith("/") or path.is_dir() else path
 
@@ -310,7 +312,8 @@ def _means(tls: ktls.KTLSSocket, reply: Reply) -> str:
     return f"{how}; {usage.records} records, key generation {usage.generation}"
 
 
-class _progress:  # noqa: N801  # a context manager, used like a function
+@final
+class _ProgressBar:
     """A progress bar on stderr, if that is a terminal; gives a function that advances it."""
 
     def __init__(self, offset: int, size: int | None) -> None:

@@ -9,6 +9,7 @@ What is not done: uploads, virtual hosts, compression. Symbolic links are follow
 from __future__ import annotations
 
 import email.utils
+import io
 import os
 import re
 import socket
@@ -124,7 +125,7 @@ class FileServer(ThreadingHTTPServer):
 
 
 class _FileShrank(ConnectionAbortedError):
-    """Fewer bytes than promised: nothing may be sent in their place, so the connection ends here, without close_notify."""
+    """Fewer bytes than promised: nothing may be sent in their place, so the connection ends here."""
 
 
 @final
@@ -190,13 +191,10 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         """Send the body; listings come from memory."""
-        try:
-            descriptor = source.fileno()
-        except OSError:
-            self._sent += self.wfile.write(source.getvalue())
-            return
-        del descriptor
-        self._sendfile(source)
+        if isinstance(source, io.BytesIO):
+            self._sent = self.wfile.write(source.getbuffer())
+        else:
+            self._sendfile(source)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Keep the status; the line is written when the answer is out."""
@@ -215,6 +213,8 @@ class _Handler(SimpleHTTPRequestHandler):
         finally:
             self._sent = file.tell() - self._body.start  # its position is right after errors, too
         if self._sent != promised:
+            # Closing in order would send close_notify, and that means "this was all".
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
             raise _FileShrank(f"the file shrank: {self._sent} of {promised} bytes sent")
 
     def _send_file_head(self, path: str, status: os.stat_result) -> bool:
@@ -296,5 +296,5 @@ def _open_regular(path: str) -> IO[bytes]:
 def _printable(text: str) -> str:
     """Escape what could forge log lines or drive a terminal."""
     return "".join(
-        char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
+        char if " " <= char <= "~" and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
     )

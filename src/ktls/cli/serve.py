@@ -136,7 +136,7 @@ def _bind(host: str, port: int, context: ktls.SSLContext, root: Path) -> FileSer
 
 
 def _announce(server: FileServer, host: str, root: Path, identity: Identity | None) -> None:
-    name = f"[{host}]" if ":" in host else host
+    name = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
     url = f"https://{name}:{server.server_address[1]}/"
     if identity is not None:
         installed = "/usr/local/share/ca-certificates/ktls-local-ca.crt"

@@ -131,7 +131,10 @@ class RecordReceiver(Protocol):
         ...
 
     def record_waits(self) -> bool:
-        """Whether a record without application data is next; never waits, and takes nothing. May read ahead into this process."""
+        """Whether a record without application data is next, or a fatal error (which may be raised here already).
+
+        Never waits, and takes nothing. May read ahead into this process.
+        """
         ...
 
     def install(self, keys: TrafficKeys) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, final
 
 from ktls.protocol.connection import KernelConnection
@@ -26,6 +26,7 @@ from ktls.protocol.states import (
     Closed,
     ConnectionState,
     HalfState,
+    InboundPlainMessage,
     PeerClosed,
     SendMessage,
     SessionTicket,
@@ -173,6 +174,9 @@ class ReceivingHalf:
             return  # a reader is at work: it meets everything
         try:
             while not self._early and self._end is None:
+                if self._install is not None:
+                    self._read_record(socket.MSG_DONTWAIT)
+                    continue
                 layer = self._kernel_receiver() or (self._receiver if read_ahead else None)
                 if layer is None or not layer.record_waits():
                     return
@@ -228,7 +232,7 @@ class ReceivingHalf:
     def _read_record(self, flags: int) -> None:
         """Read one record by the slow path and run what follows from it. Under the rx lock."""
         if self._install is not None:
-            self._install_key(self._install)
+            self._try_again(self._install)
             return
         try:
             message = self._receiver.read_record(flags)
@@ -238,19 +242,35 @@ class ReceivingHalf:
         if message is None:
             self._truncated()
             return
-        may_alert = self._connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
         try:
-            with self._state_lock:
-                items = self._connection.process_message(message, now=self._clock())
-                self._sending.owe(items)
-            for item in items:
+            for item in self._process(message):
                 self._receive_item(item)
         except OSError as error:
-            self._failed(error, may_alert=may_alert)
+            self._failed(error)
             raise
+        finally:
+            self._sending.run_owed()
         self._meter.used(1, 0)
         self._mark()
-        self._sending.run_owed()
+
+    def _try_again(self, item: UpdateRxKey) -> None:
+        try:
+            self._install_key(item)
+        except OSError as error:
+            self._failed(error)
+            raise
+
+    def _process(self, message: InboundPlainMessage) -> Sequence[ConnectionState]:
+        """Let the connection say what follows, and queue what is to be sent. No sender may see a failure without its reason."""
+        with self._state_lock:
+            may_alert = self._may_alert()
+            try:
+                items = self._connection.process_message(message, now=self._clock())
+            except KTLSError as error:
+                self._fail(error, may_alert)
+                raise
+            self._sending.owe(items)
+            return items
 
     def _receive_item(self, item: ConnectionState) -> None:
         match item:
@@ -290,26 +310,30 @@ class ReceivingHalf:
         )
         self._mark()
 
-    def _failed(self, error: OSError, *, may_alert: bool | None = None) -> None:
+    def _failed(self, error: OSError) -> None:
         """Keep a fatal error of the receiving side, and answer it with the alert that it asks for. Under the rx lock."""
-        if not isinstance(error, KTLSError) and error.errno not in DEAD_ERRNOS:
-            return
-        connection = self._connection
-        if may_alert is None:
-            may_alert = connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
+        if isinstance(error, KTLSError):
+            with self._state_lock:
+                self._fail(error, self._may_alert())
+            self._sending.run_owed()
+        elif error.errno in DEAD_ERRNOS:
+            self._end = error
+            self._special = True
+            self._sending.network_failed(error)
+
+    def _may_alert(self) -> bool:
+        return self._connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
+
+    def _fail(self, error: KTLSError, may_alert: bool) -> None:
+        """Under both locks. Repeating it does nothing more: there is one alert."""
         self._end = error
         self._special = True
-        if not isinstance(error, KTLSError):
-            self._sending.network_failed(error)
-            return
         alert = None
         if isinstance(error, RemoteProtocolError):
             alert = build_alert(error.alert)
         elif isinstance(error, KeyLimitError):
             alert = build_alert(AlertDescription.CLOSE_NOTIFY)
-        with self._state_lock:
-            connection.fail()
-            self._sending.failure = error
-            if alert is not None and may_alert:
-                self._sending.alert(alert)
-        self._sending.run_owed()
+        self._connection.fail()
+        self._sending.failure = error
+        if alert is not None and may_alert:
+            self._sending.alert(alert)

@@ -13,7 +13,7 @@ from typing import final
 
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import ContentType, Direction
-from ktls.protocol.errors import KeyLimitError, LocalProtocolError
+from ktls.protocol.errors import KeyLimitError, KTLSError, LocalProtocolError
 from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
 
 from .interface import DEAD_ERRNOS, ReadBuffer, RecordSender
@@ -80,34 +80,36 @@ class SendingHalf:
         size = len(data)
         if not size:
             return 0
-        with self._lock:
-            self._prepare_data(flags)
-            allowance = self._meter.allowance(self._sender.max_fragment)
-            try:
-                sent = self._sender.send(
-                    data if size <= allowance else memoryview(data)[:allowance], flags
-                )
-            except OSError as error:
-                self._failed(error)
-                raise
-            self._meter.used(-(-sent // self._sender.max_fragment), sent)
-        if self._owed:
-            self.run_owed()
+        try:
+            with self._lock:
+                self._prepare_data(flags)
+                allowance = self._meter.allowance(self._sender.max_fragment)
+                try:
+                    sent = self._sender.send(
+                        data if size <= allowance else memoryview(data)[:allowance], flags
+                    )
+                except OSError as error:
+                    self._failed(error)
+                    raise
+                self._meter.used(-(-sent // self._sender.max_fragment), sent)
+        finally:
+            self._released()
         return sent
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; return how many were accepted, 0 at the end of the file. Raises as ``send``."""
-        with self._lock:
-            self._prepare_data(0)
-            allowance = self._meter.allowance(self._sender.max_fragment)
-            try:
-                sent = self._sender.sendfile(fd, offset, min(count, allowance))
-            except OSError as error:
-                self._failed(error)
-                raise
-            self._meter.used(-(-sent // self._sender.max_fragment), sent)
-        if self._owed:
-            self.run_owed()
+        try:
+            with self._lock:
+                self._prepare_data(0)
+                allowance = self._meter.allowance(self._sender.max_fragment)
+                try:
+                    sent = self._sender.sendfile(fd, offset, min(count, allowance))
+                except OSError as error:
+                    self._failed(error)
+                    raise
+                self._meter.used(-(-sent // self._sender.max_fragment), sent)
+        finally:
+            self._released()
         return sent
 
     def refresh_traffic_keys(self, request_peer: bool = False, flags: int = 0) -> None:
@@ -119,15 +121,25 @@ class SendingHalf:
             self.owe(
                 self._connection.refresh_traffic_keys(request_peer=request_peer, now=self._clock())
             )
-        with self._lock:
-            self._run_owed(flags)
+        self._run(flags)
 
     def close_notify(self, flags: int = 0) -> None:
         """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing."""
         with self._state_lock:
             self.owe(self._connection.close())
-        with self._lock:
-            self._run_owed(flags)
+        self._run(flags)
+
+    def _run(self, flags: int) -> None:
+        try:
+            with self._lock:
+                self._run_owed(flags)
+        finally:
+            self._released()
+
+    def _released(self) -> None:
+        """To be called after the lock was released, always: a reader that owed something in the meantime found it taken, and went on."""
+        if self._owed:
+            self.run_owed()
 
     def run_owed(self) -> None:
         """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
@@ -145,8 +157,11 @@ class SendingHalf:
 
     def flush(self, flags: int = 0) -> None:
         """Hand to TCP whatever the sending layer still holds; ``BlockingIOError`` if that can't be done yet."""
-        with self._lock:
-            self._sender.flush(flags)
+        try:
+            with self._lock:
+                self._sender.flush(flags)
+        finally:
+            self._released()
 
     def owe(self, items: Iterable[ConnectionState]) -> None:
         """Queue the sending commands among ``items``. Under the state lock."""
@@ -194,20 +209,25 @@ class SendingHalf:
         """Run the queue; leave what would block. Under the tx lock."""
         owed = self._owed
         while owed:
+            if self._error is not None and not isinstance(self._error, KTLSError):
+                # Found by a reader, maybe: the kernel would take the records now, and drop them.
+                owed.clear()
+                raise self._error.with_traceback(None)
             item = owed[0]
             try:
                 if isinstance(item, SendMessage):
                     self._sender.send_record(item.content_type, item.fragment, flags)
                     self._meter.used(1, 0)
                 else:
-                    self._install_tx(item)
+                    self._sender.install(item.keys)
             except OSError as error:
                 self._failed(error)
                 raise
             owed.popleft()
+            if isinstance(item, UpdateTxKey):
+                self._installed(item)
 
-    def _install_tx(self, item: UpdateTxKey) -> None:
-        self._sender.install(item.keys)
+    def _installed(self, item: UpdateTxKey) -> None:
         with self._state_lock:
             self._connection.tx_key_installed(item.generation)
         self._meter.key_changed()
@@ -226,3 +246,4 @@ class SendingHalf:
         """Remember a network error: the kernel reports it once, and then pretends to send."""
         if error.errno in DEAD_ERRNOS:
             self._error = self._error or error
+            self._owed.clear()

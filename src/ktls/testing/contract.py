@@ -19,8 +19,8 @@ from .sender_cases import SENDER_CASES, SENDER_REKEY_CASES
 
 __all__ = ("BrokenContract", "check_record_layer")
 
-#: ``if_told``: check ``install`` where the half says ``can_change_key``.
-_Rekey: TypeAlias = Literal["if_told", "required", "absent"]
+#: ``if_told``: check ``install`` where the half says ``can_change_key``, and that it refuses where it does not. ``unasked``: leave it out.
+Rekey: TypeAlias = Literal["if_told", "required", "absent", "unasked"]
 
 
 class BrokenContract(AssertionError):
@@ -37,7 +37,7 @@ def check_record_layer(
     *,
     suite: CipherSuite,
     limits_fragments: bool = True,
-    rekey: _Rekey = "if_told",
+    rekey: Rekey = "if_told",
 ) -> list[str]:
     """Check a sender, a receiver, or both; return the names of the rules that were checked. Takes a second or so.
 
@@ -58,7 +58,7 @@ def check_record_layer(
     return checked
 
 
-def _cases(bench: Bench, rekey: _Rekey) -> list[Case]:
+def _cases(bench: Bench, rekey: Rekey) -> list[Case]:
     is_tls13 = bench.suite.version is ProtocolVersion.TLSv1_3
     cases: list[Case] = []
     if bench.make_sender is not None:
@@ -68,7 +68,7 @@ def _cases(bench: Bench, rekey: _Rekey) -> list[Case]:
         cases += SENDER_CASES
         if can_change and is_tls13:
             cases += SENDER_REKEY_CASES
-        elif is_tls13:
+        elif is_tls13 and rekey != "unasked":
             cases.append(sender_refuses_a_second_key)
     if bench.make_receiver is not None:
         with bench.receiving() as (receiver, _, _):
@@ -77,15 +77,15 @@ def _cases(bench: Bench, rekey: _Rekey) -> list[Case]:
         cases += RECEIVER_CASES
         if can_change and is_tls13:
             cases += RECEIVER_REKEY_CASES
-        elif is_tls13:
+        elif is_tls13 and rekey != "unasked":
             cases.append(receiver_refuses_a_second_key)
     if bench.make_sender is not None and bench.make_receiver is not None:
         cases += _PAIR_CASES
     return cases
 
 
-def _demand(rekey: _Rekey, can_change: bool, is_tls13: bool) -> None:
-    if is_tls13 and rekey != "if_told" and can_change != (rekey == "required"):
+def _demand(rekey: Rekey, can_change: bool, is_tls13: bool) -> None:
+    if is_tls13 and rekey in ("required", "absent") and can_change != (rekey == "required"):
         raise BrokenContract("can_change_key", f"it is {can_change}, and {rekey} was demanded")
 
 

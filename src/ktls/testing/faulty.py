@@ -86,6 +86,11 @@ class FaultySender(_Faulty):
         self._begin("install")
         self.inner.install(keys)
 
+    @property
+    def unsent(self) -> bool:
+        """See ``RecordSender``."""
+        return self.inner.unsent
+
     def sequence_number(self) -> int:
         """See ``RecordSender``."""
         self._begin("sequence_number")
@@ -124,6 +129,10 @@ class FaultyReceiver(_Faulty):
         """See ``RecordReceiver``."""
         self._begin("read_record")
         return self.inner.read_record(flags)
+
+    def record_waits(self) -> bool:
+        """See ``RecordReceiver``."""
+        return self.inner.record_waits()
 
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordReceiver``."""

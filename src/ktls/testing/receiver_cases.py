@@ -23,7 +23,7 @@ from .bench import (
     receive,
     reset_noticed,
 )
-from .peers import made_up_keys, pattern, wait_readable
+from .peers import eventually, made_up_keys, pattern, wait_readable
 
 __all__ = ("RECEIVER_CASES", "RECEIVER_REKEY_CASES")
 
@@ -94,16 +94,20 @@ def control_records_are_told_and_read_one_by_one(bench: Bench) -> None:
     if bench.is_tls13:
         records += [(_ALERT, b""), (99, b"unknown"), (ContentType.CHANGE_CIPHER_SPEC, b"\x01")]
     records.append((_HANDSHAKE, b"\x04" + pattern(MAX_FRAGMENT - 1)))
-    with bench.receiving() as (receiver, peer, _):
+    with bench.receiving() as (receiver, peer, sock):
         peer.send_raw(b"".join(peer.seal(*record) for record in records))
         buffer = bytearray(100)
         for number, (content_type, fragment) in enumerate(records):
             for _ in range(2):
+                eventually(receiver.record_waits, f"record {number} does not show")
                 error = error_of(lambda: receiver.recv_into(buffer))
                 expect(isinstance(error, ControlRecord), f"{error!r} at record {number}")
             message = receiver.read_record()
             expect(message == InboundPlainMessage(content_type, fragment), f"record {number}")
+        expect(not receiver.record_waits(), "a record waits, but none has come")
         peer.send_data(b"data")
+        expect(wait_readable(sock), "the data did not come")
+        expect(not receiver.record_waits(), "application data is not what is asked for")
         expect(receive(receiver, 4) == b"data", "the bytes changed")
         expect(receiver.sequence_number() == len(records) + 1, "counted wrong")
 
@@ -193,6 +197,18 @@ def wrong_key_is_refused(bench: Bench) -> None:
         peer.tx = type(peer.tx)(bench.suite, made_up_keys(bench.suite, "another"))
         peer.send_data(b"data")
         _stays_failed(receiver, sock, AlertDescription.BAD_RECORD_MAC)
+
+
+def framing_error_is_not_lost_to_a_look(bench: Bench) -> None:
+    """The layer below may report it once only, and ``record_waits`` may be who hears it."""
+    with bench.receiving() as (receiver, peer, sock):
+        peer.send_raw(b"\x17\x03\x03\xff\xff" + bytes(8))
+        expect(wait_readable(sock), "nothing came")
+        try:
+            expect(receiver.record_waits(), "the error does not show")
+        except RemoteProtocolError:
+            pass
+        _stays_failed(receiver, sock, AlertDescription.RECORD_OVERFLOW)
 
 
 def too_long_record_is_refused(bench: Bench) -> None:
@@ -427,6 +443,7 @@ RECEIVER_CASES: Final[tuple[Case, ...]] = (
     unreadable_record_is_told_again_and_again,
     replayed_record_is_refused,
     wrong_key_is_refused,
+    framing_error_is_not_lost_to_a_look,
     too_long_record_is_refused,
     too_much_inside_a_record_is_refused,
     too_short_record_is_refused,

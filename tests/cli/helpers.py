@@ -1,0 +1,121 @@
+"""Peers for the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from ktls.cli.local_ca import Identity
+
+
+def client_context(ca: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(ca))
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """Where the server is, and what it serves."""
+
+    port: int
+    directory: Path
+    ca: Path
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}/"
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[http.client.HTTPSConnection]:
+        """An ``http.client`` connection, by the ``ssl`` module: none of our own code on that side."""
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=30, context=client_context(self.ca)
+        )
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+class ScriptedServer:
+    """Accepts TLS connections; keeps each request's head, and answers with the next script.
+
+    A script is the bytes of the answer. ``cut``: TCP ends without close_notify after them.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.load_cert_chain(identity.certificate, identity.key)
+        self._scripts: list[tuple[bytes, bool]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._run)
+        self.requests: list[bytes] = []
+        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self.ca = str(identity.ca)
+
+    def answer(self, *lines: str, body: bytes = b"", cut: bool = False) -> None:
+        head = "".join(f"{line}\r\n" for line in (*lines, ""))
+        self._scripts.append((head.encode("latin-1") + body, cut))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # close() would not wake the accept.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with sock, contextlib.suppress(OSError):
+                sock.settimeout(30)
+                self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with self._context.wrap_socket(sock, server_side=True) as tls:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                data = tls.recv(4096)
+                if not data:
+                    return
+                head += data
+            self.requests.append(head)
+            answer, cut = self._scripts.pop(0)
+            tls.sendall(answer)
+            if not cut:
+                with contextlib.suppress(OSError):
+                    tls.unwrap()
+
+
+def wait_for(read: Callable[[], str], text: str) -> str:
+    """Collect what another thread is about to write, until ``text`` is there; return all of it."""
+    deadline = time.monotonic() + 20
+    collected = read()
+    while text not in collected:
+        assert time.monotonic() < deadline, collected
+        time.sleep(0.002)
+        collected += read()
+    return collected
+
+
+def fields(request: bytes) -> dict[str, str]:
+    """The header fields of a request, names in lower case."""
+    lines = request.decode("latin-1").split("\r\n")[1:]
+    pairs = (line.partition(":") for line in lines if line)
+    return {name.lower(): value.strip() for name, _, value in pairs}

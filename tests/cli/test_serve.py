@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+import ktls
+from ktls.cli.http_files import FileServer, parse_range
+
+from .helpers import LocalServer, client_context, wait_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ktls.cli.local_ca import Identity
+
+DATA = bytes(range(256)) * 400  # several records
+
+
+def get(
+    connection: http.client.HTTPSConnection, path: str, method: str = "GET", **headers: str
+) -> tuple[http.client.HTTPResponse, bytes]:
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, headers=fields)
+    response = connection.getresponse()
+    return response, response.read()
+
+
+@pytest.fixture
+def file(server: LocalServer) -> Path:
+    path = server.directory / "file.bin"
+    path.write_bytes(DATA)
+    return path
+
+
+# --- ranges --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted"),
+    [
+        ("bytes=0-0", range(1)),
+        ("bytes=0-", range(10)),
+        ("bytes=5-7", range(5, 8)),
+        ("bytes=5-99", range(5, 10)),
+        ("Bytes=9-", range(9, 10)),
+        ("bytes=-3", range(7, 10)),
+        ("bytes=-99", range(10)),
+        # to be ignored
+        ("bytes=5-4", None),
+        ("bytes=-", None),
+        ("bytes=0-1,3-4", None),
+        ("lines=0-1", None),
+        ("bytes=a-b", None),
+        ("bytes=\u0661-", None),
+        ("", None),
+    ],
+)
+def test_ranges(header: str, wanted: range | None) -> None:
+    assert parse_range(header, 10) == wanted
+
+
+@pytest.mark.parametrize(("header", "size"), [("bytes=10-", 10), ("bytes=-0", 10), ("bytes=0-", 0)])
+def test_ranges_outside(header: str, size: int) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        parse_range(header, size)
+
+
+# --- the protocol --------------------------------------------------------------------------------------------------
+
+
+def test_get(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        response, body = get(connection, "/file.bin")
+        assert response.status == 200
+        assert body == DATA
+        assert response.headers["Content-Length"] == str(len(DATA))
+        assert response.headers["Accept-Ranges"] == "bytes"
+        assert response.headers["Server"] == "ktls"
+
+
+def test_keep_alive(server: LocalServer, file: Path) -> None:
+    (server.directory / "empty").touch()
+    with server.connection() as connection:
+        connection.connect()
+        sock = connection.sock
+        for path, size in (
+            ("/file.bin", len(DATA)),
+            ("/empty", 0),
+            ("/", None),
+            ("/file.bin", len(DATA)),
+        ):
+            response, body = get(connection, path)
+            assert response.status == 200
+            assert size is None or len(body) == size
+            assert connection.sock is sock
+
+
+def test_head(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        response, body = get(connection, "/file.bin", "HEAD", Range="bytes=0-4")
+        assert (response.status, body) == (200, b"")  # RFC 9110 §14.2: a range is for GET
+        assert response.headers["Content-Length"] == str(len(DATA))
+        assert get(connection, "/file.bin")[1] == DATA
+
+
+def test_listing(server: LocalServer, file: Path) -> None:
+    (server.directory / "<odd & name>").touch()
+    (server.directory / "sub").mkdir()
+    with server.connection() as connection:
+        response, body = get(connection, "/")
+        assert response.headers["Content-Type"].startswith("text/html")
+        text = body.decode()
+        assert 'href="file.bin"' in text
+        assert 'href="sub/"' in text
+        assert "&lt;odd &amp; name&gt;" in text
+        response, _ = get(connection, "/sub")
+        assert (response.status, response.headers["Location"]) == (301, "/sub/")
+
+
+def test_index(server: LocalServer) -> None:
+    (server.directory / "index.html").write_text("hello", encoding="ascii")
+    with server.connection() as connection:
+        response, body = get(connection, "/")
+        assert body == b"hello"
+        assert response.headers["Content-Type"] == "text/html"
+        assert response.headers["ETag"]
+
+
+def test_part(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        response, body = get(connection, "/file.bin", Range="bytes=1000-69999")
+        assert response.status == 206
+        assert body == DATA[1000:70000]
+        assert response.headers["Content-Range"] == f"bytes 1000-69999/{len(DATA)}"
+        response, body = get(connection, "/file.bin", Range=f"bytes={len(DATA)}-")
+        assert (response.status, body) == (416, b"")
+        assert response.headers["Content-Range"] == f"bytes */{len(DATA)}"
+        assert get(connection, "/file.bin", Range="bytes=-7")[1] == DATA[-7:]
+
+
+def test_part_of_a_certain_version(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        headers = get(connection, "/file.bin", "HEAD")[0].headers
+        for validator in (headers["ETag"], headers["Last-Modified"]):
+            response, body = get(connection, "/file.bin", Range="bytes=5-", If_Range=validator)
+            assert (response.status, body) == (206, DATA[5:])
+        for other in ('"other"', "W/" + headers["ETag"], "Mon, 01 Jan 2001 00:00:00 GMT"):
+            response, body = get(connection, "/file.bin", Range="bytes=5-", If_Range=other)
+            assert (response.status, body) == (200, DATA)
+
+
+def test_not_modified(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        headers = get(connection, "/file.bin", "HEAD")[0].headers
+        etag, modified = headers["ETag"], headers["Last-Modified"]
+
+        def status(**fields: str) -> int:
+            return get(connection, "/file.bin", **fields)[0].status
+
+        assert status(If_None_Match=etag) == 304
+        assert status(If_None_Match=f'"x", W/{etag}') == 304
+        assert status(If_None_Match="*") == 304
+        assert status(If_None_Match='"x"', If_Modified_Since=modified) == 200
+        assert status(If_Modified_Since=modified) == 304
+        assert status(If_Modified_Since="Mon, 01 Jan 2001 00:00:00 GMT") == 200
+        assert status(If_Modified_Since="nonsense") == 200
+
+
+def test_etag_changes_with_the_file(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        before = get(connection, "/file.bin", "HEAD")[0].headers["ETag"]
+        status = file.stat()
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert get(connection, "/file.bin", "HEAD")[0].headers["ETag"] != before
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/missing", 404),
+        ("/file.bin/", 404),
+        ("/%00", 404),
+        ("/pipe", 404),
+        ("/../../../../../etc/passwd", 404),
+        ("/%2e%2e/%2e%2e/%2e%2e/%2e%2e/etc/passwd", 404),
+    ],
+)
+def test_what_is_not_served(server: LocalServer, file: Path, path: str, status: int) -> None:
+    os.mkfifo(server.directory / "pipe")  # to open it would wait for a writer
+    with server.connection() as connection:
+        assert get(connection, path)[0].status == status
+
+
+def test_forbidden(server: LocalServer, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: str) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("ktls.cli.http_files._open_regular", deny)  # root may read everything
+    with server.connection() as connection:
+        assert get(connection, "/file.bin")[0].status == 403
+
+
+def test_other_methods(server: LocalServer) -> None:
+    with server.connection() as connection:
+        assert get(connection, "/", "DELETE")[0].status == 501
+
+
+def test_body_of_a_request_is_not_taken_for_a_request(server: LocalServer, file: Path) -> None:
+    smuggled = b"GET /file.bin HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = f"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: {len(smuggled)}\r\n\r\n".encode()
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 30) as sock,
+        client_context(server.ca).wrap_socket(sock, server_hostname="127.0.0.1") as tls,
+    ):
+        tls.sendall(head + smuggled)
+        answer = b""
+        try:
+            while data := tls.recv(65536):
+                answer += data
+        except ConnectionResetError:
+            pass  # it closed with our "request" unread
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_file_that_shrinks_is_not_filled_up(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = server.directory / "big"
+    size = 256 << 20  # more than any socket buffer
+    with open(big, "wb") as file:
+        file.truncate(size)
+    with server.connection() as connection:
+        connection.request("GET", "/big")
+        response = connection.getresponse()
+        assert response.headers["Content-Length"] == str(size)
+        os.truncate(big, 10)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+    wait_for(lambda: capsys.readouterr().err, "connection ended: the file shrank: ")
+
+
+def test_silent_client_keeps_nobody_waiting(server: LocalServer, file: Path) -> None:
+    silent = [socket.create_connection(("127.0.0.1", server.port), 30) for _ in range(3)]
+    try:
+        with server.connection() as connection:
+            assert get(connection, "/file.bin")[1] == DATA
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def test_client_that_does_not_trust_is_one_line(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 30) as sock,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        ssl.create_default_context().wrap_socket(sock, server_hostname="127.0.0.1")
+    line = wait_for(lambda: capsys.readouterr().err, "\n")
+    assert re.fullmatch(r"127\.0\.0\.1: connection ended: .*unknown ca\n", line)
+
+
+def test_access_log(server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with server.connection() as connection:
+        get(connection, "/file.bin")
+    line = wait_for(lambda: capsys.readouterr().out, "\n")
+    match = re.fullmatch(
+        r'127\.0\.0\.1 "GET /file\.bin HTTP/1\.1" 200 (\d+) tx=(\w+) rx=(\w+)\n', line
+    )
+    assert match is not None
+    assert int(match[1]) == len(DATA)
+    assert {match[2], match[3]} <= {"kernel", "userspace"}
+
+
+def test_access_log_cannot_be_forged(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 30) as sock,
+        client_context(server.ca).wrap_socket(sock, server_hostname="127.0.0.1") as tls,
+    ):
+        tls.sendall(b'GET /\x1b[2J"\xff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
+        while tls.recv(4096):
+            pass
+    line = wait_for(lambda: capsys.readouterr().out, "\n")
+    assert r'"GET /\x1b[2J\x22' in line
+    assert line.rstrip("\n").isprintable()
+    assert line.isascii()
+
+
+@pytest.mark.kernel
+@pytest.mark.rekey
+def test_kernel_both_ways(
+    server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server.connection() as connection:
+        assert get(connection, "/file.bin")[1] == DATA
+    wait_for(lambda: capsys.readouterr().out, "tx=kernel rx=kernel")
+
+
+@pytest.mark.kernel
+@pytest.mark.norekey
+def test_kernel_sends_only(
+    server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server.connection() as connection:
+        assert get(connection, "/file.bin")[1] == DATA
+    wait_for(lambda: capsys.readouterr().out, "tx=kernel rx=userspace")
+
+
+def test_end_of_the_server_cuts_its_connections(identity: Identity, tmp_path: Path) -> None:
+    """Idle ones, slow ones, those without a handshake: nobody holds it up, and nobody takes a part for the whole."""
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(256 << 20)
+    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(identity.certificate, identity.key)
+    server = FileServer(("127.0.0.1", 0), socket.AF_INET, context, tmp_path)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    local = LocalServer(server.server_address[1], tmp_path, identity.ca)
+    with (
+        socket.create_connection(("127.0.0.1", local.port), 30),
+        local.connection() as idle,
+        local.connection() as slow,
+    ):
+        get(idle, "/big", "HEAD")
+        slow.request("GET", "/big")
+        response = slow.getresponse()
+        server.shutdown()
+        thread.join()
+        server.server_close()  # waits for its threads: this test's time limit is the assertion
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command(tmp_path: Path, data_home: Path, number: int) -> None:
+    """From start to signal, with curl as the client if there is one."""
+    (tmp_path / "a").write_bytes(DATA)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ktls", "serve", str(tmp_path), "--port", "0"],
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said: list[str] = []
+            while not (said and said[-1].startswith("listening on ")):
+                line = process.stdout.readline()
+                assert line, process.stderr and process.stderr.read()
+                said.append(line)
+            url = said[-1].split()[2]
+            ca = data_home / "ktls" / "ca.pem"
+            assert any(f"--cacert {ca}" in line for line in said)
+            if curl := shutil.which("curl"):
+                use_curl(curl, str(ca), url)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (0, "")
+
+
+def use_curl(curl: str, ca: str, url: str) -> None:
+    def run(*arguments: str) -> bytes:
+        return subprocess.run(
+            [curl, "--silent", "--show-error", "--fail", "--cacert", ca, *arguments],
+            capture_output=True,
+            timeout=30,
+            check=True,
+        ).stdout
+
+    assert b'href="a"' in run(url)
+    assert f"Content-Length: {len(DATA)}".encode() in run("--head", url + "a")
+    # The second transfer opens no connection.
+    connects = run(
+        url + "a", url + "a", "-o", os.devnull, "-o", os.devnull, "-w", "%{num_connects} "
+    )
+    assert connects == b"1 0 "
+    assert run("--range", "5-9", url + "a") == DATA[5:10]
+    assert hashlib.sha256(run(url + "a")).digest() == hashlib.sha256(DATA).digest()
