@@ -152,11 +152,14 @@ class TicketRelay:
         self._announce()
 
     def ratchet(self) -> None:
-        """Move the engine's secrets of both directions one generation on. Does nothing in TLS 1.2, or once closed."""
+        """Move the engine's secrets of both directions one generation on. Does nothing in TLS 1.2, or once closed. Never raises."""
         with self._lock:
             if self._sslobject is None or self._rx_secret is None or self._tx_secret is None:
                 return
-            self._deliver(build_key_update(KeyUpdateRequest.UPDATE_REQUESTED))
+            try:
+                self._deliver(build_key_update(KeyUpdateRequest.UPDATE_REQUESTED))
+            except RemoteProtocolError:
+                return  # the message was ours, not the peer's; the engine is gone now, the connection goes on
             self._sslobject.write(b"")  # draws out the owed KeyUpdate: a new sending key
             self._outgoing.read()
             self._rx_secret = self._rx_secret.next()
