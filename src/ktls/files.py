@@ -31,7 +31,7 @@ class SendableFile(Protocol):
         """Read up to ``size`` bytes; b"" at the end."""
         ...
 
-    def seek(self, offset: int, whence: int = 0, /) -> object:
+    def seek(self, offset: int, /) -> object:
         """Set the position."""
         ...
 
@@ -203,8 +203,9 @@ class FileSocket(WaitingSocket):
                     while sent < len(view):
                         sent += self.send(view[sent:])
                 except BaseException:
-                    with contextlib.suppress(OSError):  # what can't be sought can't be read again
-                        file.seek(sent - len(view), os.SEEK_CUR)
+                    seek: Any = file.seek
+                    with contextlib.suppress(OSError, TypeError):  # where that can't be done
+                        seek(sent - len(view), os.SEEK_CUR)
                     raise
             total += sent
             self._ready().settle(read_ahead=True)  # as in ``sendfile``

@@ -69,15 +69,16 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         suppress_ragged_eofs: bool = True,
         session: ssl.SSLSession | None = None,
     ) -> None:
+        self._driver = None
+        self._established = None  # both for ``repr``, should we not get any further
+        # Refuses a context that is not ssl's own, before the socket changes hands.
+        engine_for(context)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
             raise NotImplementedError("only stream sockets are supported")
         if server_side and (server_hostname or session is not None):
             raise ValueError("server_hostname and session can only be specified in client mode")
         if context.check_hostname and not server_side and not server_hostname:
             raise ValueError("check_hostname requires server_hostname")
-        engine_for(
-            context
-        )  # refuses a context that is not ssl's own before the socket changes hands
         super().__init__(sock, suppress_ragged_eofs=suppress_ragged_eofs)
         self._context = context
         self._settings = settings
@@ -86,7 +87,6 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         self._handshake_on_connect = do_handshake_on_connect
         self._session = session
         self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
-        self._established = None
         self._prepared = False
         self._unavailable: str | None = None
         self._unreported = b""
@@ -98,7 +98,10 @@ class KTLSSocket(EstablishedFacts, FileSocket):
             raise
 
     def __repr__(self) -> str:
-        state = "no handshake yet" if self._driver is None else f"{self.offload}"
+        if self._driver is not None:
+            state = f"{self.offload}"
+        else:
+            state = "no handshake yet" if self._established is None else "closed"
         return f"<ktls.KTLSSocket fd={self.fileno()} {self.version()} {state}>"
 
     # --- before the handshake ----------------------------------------------------------------------------------

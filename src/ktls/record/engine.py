@@ -39,6 +39,7 @@ class EngineDriver:
         "_out",
         "_outgoing",
         "_peer_closed",
+        "_rx_error",
         "_rx_lock",
         "_sock",
         "_tx_closed",
@@ -61,6 +62,7 @@ class EngineDriver:
         self._outgoing = outgoing
         self._out = memoryview(b"")
         self._error: OSError | None = None
+        self._rx_error: OSError | None = None
         self._tx_closed = False
         self._peer_closed = False
         # rx, then tx, then engine; the engine's own calls never wait.
@@ -105,8 +107,10 @@ class EngineDriver:
                 accepted = self._engine.write(memoryview(data).cast("B")[:_BATCH])
             try:
                 self._push(flags)
-            except BlockingIOError:
-                pass  # accepted: goes out with the next call
+            except OSError:
+                if self._error is not None:
+                    raise
+                # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
             return accepted
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
@@ -122,7 +126,10 @@ class EngineDriver:
                 try:
                     with self._engine_lock:
                         # With a buffer it returns a count, which typeshed does not say.
-                        return cast(int, self._engine.read(nbytes or len(view), view))
+                        count = cast(int, self._engine.read(nbytes or len(view), view))
+                    # 0 is how it says close_notify, as long as we have not sent ours.
+                    self._peer_closed = not count and len(view) > 0
+                    return count
                 except ssl.SSLWantReadError:
                     self.run_owed()
                     self._pull(flags)
@@ -193,7 +200,14 @@ class EngineDriver:
 
     def _pull(self, flags: int) -> None:
         """Read from TCP for the engine. Under the rx lock."""
-        data = self._sock.recv(_READ_SIZE, flags)
+        if self._rx_error is not None:
+            raise self._rx_error.with_traceback(None)
+        try:
+            data = self._sock.recv(_READ_SIZE, flags)
+        except OSError as error:
+            if error.errno in DEAD_ERRNOS:  # TCP reports it once, and then an orderly end
+                self._rx_error = error
+            raise
         with self._engine_lock:
             if data:
                 self._incoming.write(data)

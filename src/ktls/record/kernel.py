@@ -111,9 +111,10 @@ class KernelSender:
         self._dead: OSError | None = None
         self.can_change_key = can_change_key
         self.max_fragment = max_fragment
-        sock.setsockopt(SOL_TLS, TLS_TX, pack_crypto_info(suite, keys, sequence_number))
+        # First what may be refused: once the key is set there is no way back to a plain socket.
         if max_fragment != MAX_FRAGMENT:
             sock.setsockopt(SOL_TLS, TLS_TX_MAX_PAYLOAD_LEN, struct.pack("=H", max_fragment))
+        sock.setsockopt(SOL_TLS, TLS_TX, pack_crypto_info(suite, keys, sequence_number))
 
     def send(self, data: ReadBuffer, flags: int = 0) -> int:
         """See ``RecordSender``. One system call."""
@@ -250,11 +251,13 @@ class KernelReceiver:
 
         Raises as ``recv_into`` does.
         """
+        # The kernel does not look at the mode of the descriptor here.
+        flags = 0 if self._sock.getblocking() else os.SPLICE_F_NONBLOCK
         while True:
             if self._halted:
                 self._go_on()
             try:
-                moved = os.splice(self._sock.fileno(), pipe, count)
+                moved = os.splice(self._sock.fileno(), pipe, count, flags=flags)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise self._translate(error) from None

@@ -201,8 +201,13 @@ class SendingHalf:
                 self.owe(self._connection.close())
             self._run_owed(flags)
             raise self._error
-        if state is HalfState.FAILED and self.failure is not None:
-            raise self.failure.with_traceback(None)
+        if state is HalfState.FAILED:
+            with (
+                self._state_lock
+            ):  # whoever let the connection fail holds it until the reason is known
+                failure = self.failure
+            if failure is not None:
+                raise failure.with_traceback(None)
         raise LocalProtocolError("the sending side is closed")
 
     def _run_owed(self, flags: int) -> None:

@@ -3,7 +3,7 @@
 - ``check_record_layer``: the contract of ``ktls.record.interface`` as a test suite.
 - ``RecordPeer``: the other end of a connection, scripted record by record.
 - ``FaultySender``, ``FaultyReceiver``: verified fakes that refuse, wait and keep a diary.
-- ``loopback_pair``, ``made_up_keys``, ``made_up_secret``, ``pattern``, ``eventually``, ``turns``, ``wait_readable``: what such tests are made of.
+- ``loopback_pair``, ``made_up_keys``, ``made_up_secret``, ``pattern``, ``eventually``, ``turns``, ``fill_up``, ``wait_readable``, ``wait_writable``: what such tests are made of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .peers import (
     PATIENCE,
     RecordPeer,
     eventually,
+    fill_up,
     is_key_update,
     loopback_pair,
     made_up_keys,
@@ -21,6 +22,7 @@ from .peers import (
     pattern,
     turns,
     wait_readable,
+    wait_writable,
 )
 
 __all__ = (
@@ -31,6 +33,7 @@ __all__ = (
     "RecordPeer",
     "check_record_layer",
     "eventually",
+    "fill_up",
     "is_key_update",
     "loopback_pair",
     "made_up_keys",
@@ -38,4 +41,5 @@ __all__ = (
     "pattern",
     "turns",
     "wait_readable",
+    "wait_writable",
 )

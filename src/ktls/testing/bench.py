@@ -15,7 +15,7 @@ from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 from ktls.record.interface import ControlRecord, RecordReceiver, RecordSender
 
-from .peers import RecordPeer, eventually, loopback_pair, made_up_keys, turns
+from .peers import RecordPeer, eventually, fill_up, loopback_pair, made_up_keys, turns
 
 __all__ = (
     "DATA",
@@ -164,15 +164,9 @@ def flushed(sender: RecordSender) -> bool:
     return True
 
 
-def fill(sender: RecordSender) -> int:
-    """Send until there is no room; return how many bytes were accepted."""
-    total = 0
-    chunk = bytes(MAX_FRAGMENT)
-    with contextlib.suppress(BlockingIOError):
-        while total < 2**24:
-            total += sender.send(chunk, socket.MSG_DONTWAIT)
-    expect(total < 2**24, "send never said that it would block")
-    return total
+def fill(sender: RecordSender, sock: socket.socket) -> int:
+    """Send until there is no room, and none appears; return how many bytes were accepted."""
+    return fill_up(lambda: sender.send(bytes(MAX_FRAGMENT), socket.MSG_DONTWAIT), sock)
 
 
 def receive(receiver: RecordReceiver, size: int, step: int = 2**16) -> bytes:

@@ -29,6 +29,7 @@ __all__ = (
     "PATIENCE",
     "RecordPeer",
     "eventually",
+    "fill_up",
     "is_key_update",
     "loopback_pair",
     "made_up_keys",
@@ -36,11 +37,14 @@ __all__ = (
     "pattern",
     "turns",
     "wait_readable",
+    "wait_writable",
 )
 
 #: Seconds after which waiting is a failure.
 PATIENCE: Final = 20.0
 _TICK: Final = 0.001
+#: Seconds that TCP may need to move bytes from one buffer to the other.
+_MOVING: Final = 0.05
 
 
 def made_up_secret(suite: CipherSuite, name: str, generation: int = 0) -> TrafficSecret:
@@ -129,6 +133,28 @@ def wait_readable(sock: socket.socket, patience: float | None = None) -> bool:
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     return bool(poller.poll((PATIENCE if patience is None else patience) * 1000))
+
+
+def wait_writable(sock: socket.socket, patience: float = _MOVING) -> bool:
+    """Wait until there is room to send; False if none appears within ``patience`` seconds. A moment is enough where the peer reads nothing."""
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    return bool(poller.poll(patience * 1000))
+
+
+def fill_up(send: Callable[[], int], sock: socket.socket) -> int:
+    """Call ``send`` until it would block, and no room appears for a moment; return the sum.
+
+    Later TCP may make a little room all the same (it probes a closed window), so a small send may get through.
+    """
+    total = 0
+    for _ in turns("send says that it would block"):
+        try:
+            total += send()
+        except BlockingIOError:
+            if not wait_writable(sock):
+                break
+    return total
 
 
 @final

@@ -1,0 +1,537 @@
+"""Ends of connections: nothing that was accepted is lost, nothing that was not sent is taken for an end, no descriptor is left or closed twice."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import socket
+import ssl
+import struct
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import ktls
+
+from ..support import HOST, TLS12, TLS13, has_kernel_tls
+from .helpers import (
+    PATIENCE,
+    Case,
+    Link,
+    Net,
+    descriptors,
+    fill,
+    matrix,
+    pattern,
+    read_all,
+    read_exactly,
+    tcp_pair,
+)
+
+LATE = 5.0
+
+
+def slowly(sock: Any) -> bytes:
+    """Receive until the end in small pieces, without ever being in time."""
+    data = bytearray()
+    while chunk := sock.recv(1500):
+        data += chunk
+        os.sched_yield()
+    return bytes(data)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(sock.detach())
+
+
+def cut(sock: socket.socket) -> None:
+    """End TCP without close_notify."""
+    socket.socket.shutdown(sock, socket.SHUT_WR)
+
+
+# --- in order --------------------------------------------------------------------------------------------------------
+
+
+def test_close_says_close_notify(net: Net, case: Case) -> None:
+    link = net.link(case)
+    link.ours.sendall(b"last words")
+    link.ours.close()
+    assert read_all(link.theirs) == b"last words"
+    assert link.ours.fileno() == -1
+
+
+def test_peer_closes(net: Net, case: Case) -> None:
+    link = net.link(case, suppress_ragged_eofs=False)
+
+    def end() -> None:
+        link.theirs.sendall(b"last words")
+        with suppress(OSError):
+            net.keep(link.theirs.unwrap())
+
+    ending = net.spawn(end)
+    assert read_all(link.ours) == b"last words"
+    assert link.ours.recv(1) == b""
+    assert link.ours.recv_into(bytearray(1)) == 0
+    link.ours.close()
+    ending.result()
+
+
+def test_half_close(net: Net) -> None:
+    """TLS 1.3: after our close_notify the peer may go on for as long as it likes."""
+    for case in matrix(versions=(TLS13,)):
+        link = net.link(case)
+        link.ours.sendall(b"question")
+        link.ours.shutdown(socket.SHUT_WR)
+        assert read_all(link.theirs) == b"question"
+        link.theirs.sendall(pattern(100_000))
+        assert read_exactly(link.ours, 100_000) == pattern(100_000)
+        with pytest.raises(ktls.LocalProtocolError, match="the sending side is closed"):
+            link.ours.send(b"more")
+        if case.peer == "ktls":
+            link.theirs.close()
+            assert link.ours.recv(1) == b""
+
+
+def test_half_close_loses_nothing(net: Net, case: Case) -> None:
+    if case.version is TLS12:
+        case = Case(version=TLS13, role=case.role, peer=case.peer, offload=case.offload)
+    link = net.link(case, buffers=8192)
+    data = pattern(300_000)
+    receiving = net.spawn(slowly, link.theirs)
+    link.ours.sendall(data)
+    link.ours.shutdown(socket.SHUT_WR)
+    assert receiving.result() == data
+    link.theirs.sendall(b"thanks")
+    assert link.ours.recv(100) == b"thanks"
+
+
+def test_shutdown_of_both(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    link.ours.sendall(b"bye")
+    link.ours.shutdown(socket.SHUT_RDWR)
+    assert read_all(link.theirs) == b"bye"
+
+
+def test_shutdown_of_reading_only(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    link.ours.shutdown(socket.SHUT_RD)
+    link.ours.sendall(b"we go on sending")
+    assert link.theirs.recv(100) == b"we go on sending"
+
+
+def test_unwrap(net: Net, case: Case) -> None:
+    link = net.link(case, timeout=PATIENCE)
+    link.theirs.sendall(b"not read")
+    unwrapping = net.spawn(link.theirs.unwrap)
+    plain = net.keep(link.ours.unwrap())
+    their_plain = net.keep(unwrapping.result())
+    assert isinstance(plain, socket.socket)
+    if "kernel" in (case.tx_layer, case.rx_layer):
+        assert plain is link.ours
+        assert plain.recv(1) == b""
+        return
+    assert not isinstance(plain, ktls.KTLSSocket)
+    assert plain.gettimeout() == PATIENCE
+    assert link.ours.fileno() == -1
+    if case.peer == "ktls" and their_plain is link.theirs:
+        return  # that end has kernel TLS
+    plain.sendall(b"in plain text")
+    assert their_plain.recv(100) == b"in plain text"
+    their_plain.sendall(b"here too")
+    assert plain.recv(100) == b"here too"
+
+
+def test_unwrap_without_an_answer(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    cut(link.theirs)
+    with pytest.raises(ssl.SSLEOFError):
+        link.ours.unwrap()
+
+
+def test_unwrap_before_the_handshake_is_refused(net: Net) -> None:
+    client, _ = net.tcp()
+    ours = net.context("ktls", "client").wrap_socket(
+        client, do_handshake_on_connect=False, server_hostname=HOST
+    )
+    with pytest.raises(ValueError, match="handshake not done yet"):
+        net.keep(ours).unwrap()
+
+
+# --- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE, 0.0], ids=["blocking", "timeout", "nonblock"])
+@pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
+@pytest.mark.parametrize("offload", ["auto", "userspace"])
+def test_close_loses_nothing(
+    net: Net, offload: Any, version: ssl.TLSVersion, timeout: float | None
+) -> None:
+    """Small buffers, a slow reader, and a close right behind the last byte."""
+    trials = 8
+    for trial in range(trials):
+        link = net.link(Case(version=version, offload=offload), timeout=timeout, buffers=4608)
+        data = pattern(60_000 + 1777 * trial, trial)
+        receiving = net.spawn(slowly, link.theirs) if timeout != 0.0 else None
+        sent = 0
+        with suppress(ssl.SSLWantWriteError):
+            while sent < len(data):
+                sent += link.ours.send(data[sent : sent + 16384])
+        link.ours.close()
+        received = receiving.result() if receiving is not None else slowly(link.theirs)
+        # The piece for which SSLWantWriteError was raised may have been taken all the same.
+        assert received in (data[:sent], data[: sent + 16384])
+    for thread in threading.enumerate():
+        if thread.name == "ktls-close":
+            thread.join(LATE)
+            assert not thread.is_alive()
+
+
+def test_close_in_the_background_returns_the_descriptor(net: Net, layer: Case) -> None:
+    link = net.link(layer, timeout=0.0, buffers=8192)
+    fill(link.ours)
+    fd = link.ours.fileno()
+    inode = os.fstat(fd).st_ino
+    start = time.monotonic()
+    link.ours.close()
+    assert time.monotonic() - start < LATE
+    assert link.ours.fileno() == -1
+    read_all(link.theirs)
+    for thread in threading.enumerate():
+        if thread.name == "ktls-close":
+            thread.join(LATE)
+    with suppress(OSError):
+        assert os.fstat(fd).st_ino != inode
+
+
+def test_close_where_no_thread_can_be_started(
+    net: Net, layer: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of the interpreter, for instance: then ``close`` itself waits."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    link = net.link(layer, timeout=0.0, buffers=8192)
+    accepted = fill(link.ours)
+    receiving = net.spawn(read_all, link.theirs)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    link.ours.close()
+    assert receiving.result() in (bytes(accepted), bytes(accepted + 16384))
+
+
+def test_close_with_unread_data_does_not_reset(net: Net, layer: Case) -> None:
+    """TCP would answer unread data with RST, which destroys what we sent."""
+    link = net.link(layer, buffers=65536)
+    link.theirs.sendall(pattern(30_000))
+    link.ours.sendall(pattern(30_000))
+    link.ours.close()
+    assert read_all(link.theirs) == pattern(30_000)
+
+
+def test_close_is_bounded(net: Net, layer: Case) -> None:
+    settings = ktls.Settings(offload=layer.offload, shutdown_timeout=0.1)
+    link = net.link(layer, timeout=0.0, buffers=8192, settings=settings)
+    fill(link.ours)
+    link.ours.settimeout(None)
+    fd = link.ours.fileno()
+    inode = os.fstat(fd).st_ino
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"the peer did not take all data within 0\.1 seconds"):
+        link.ours.close()
+    assert time.monotonic() - start < LATE
+    with suppress(OSError):
+        assert os.fstat(fd).st_ino != inode
+
+
+def test_close_is_bounded_by_the_timeout_of_the_socket(net: Net, layer: Case) -> None:
+    link = net.link(layer, timeout=0.0, buffers=8192)
+    fill(link.ours)
+    link.ours.settimeout(0.1)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        link.ours.close()
+    assert time.monotonic() - start < LATE
+
+
+def test_close_is_bounded_though_the_peer_takes_a_little(net: Net, layer: Case) -> None:
+    """The bound is for the whole, not for each byte that goes out."""
+    settings = ktls.Settings(offload=layer.offload, shutdown_timeout=0.5)
+    link = net.link(layer, timeout=0.0, buffers=8192, settings=settings)
+    fill(link.ours, bytes(1 << 17))
+    link.ours.settimeout(None)
+    ended = threading.Event()
+
+    def sip() -> None:
+        with suppress(OSError):
+            while not ended.wait(0.05):
+                if not socket.socket.recv(link.theirs, 1024):
+                    return
+
+    theirs = socket.socket(fileno=link.theirs.detach())
+    theirs.settimeout(PATIENCE)
+    link.theirs = net.keep(theirs)
+    sipping = net.spawn(sip)
+    start = time.monotonic()
+    try:
+        with suppress(TimeoutError):
+            link.ours.close()
+        assert time.monotonic() - start < 2.0
+    finally:
+        ended.set()
+    sipping.result()
+
+
+def test_shutdown_that_timed_out_leaves_the_timeout_as_it_was(net: Net, layer: Case) -> None:
+    link = net.link(layer, timeout=0.0, buffers=8192)
+    fill(link.ours)
+    link.ours.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        link.ours.shutdown(socket.SHUT_WR)
+    reading = net.spawn(link.ours.recv, 1)
+    with pytest.raises(TimeoutError, match="The read operation timed out"):
+        reading.result(timeout=LATE)
+
+
+def test_close_when_the_peer_is_gone(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    reset(link.theirs)
+    link.ours.close()
+    link.ours.close()
+    assert link.ours.fileno() == -1
+
+
+# --- not in order ----------------------------------------------------------------------------------------------------
+
+
+def test_truncation(net: Net, case: Case) -> None:
+    link = net.link(case, suppress_ragged_eofs=False)
+    link.theirs.sendall(b"half a mess")
+    cut(link.theirs)
+    assert link.ours.recv(100) == b"half a mess"
+    for _ in range(2):
+        with pytest.raises(ssl.SSLEOFError) as caught:
+            link.ours.recv(100)
+        assert isinstance(caught.value, ktls.TruncatedError)
+        assert not caught.value.recoverable
+
+
+def test_truncation_that_is_not_to_be_told(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    link.theirs.sendall(b"half a mess")
+    cut(link.theirs)
+    assert read_all(link.ours) == b"half a mess"
+    assert link.ours.recv(1) == b""
+    link.ours.sendall(b"we may go on")
+    assert link.theirs.recv(100) == b"we may go on"
+
+
+def test_truncation_inside_a_record(net: Net, layer: Case) -> None:
+    link = net.link(layer, suppress_ragged_eofs=False)
+    link.theirs.sendall(b"whole")
+    raw = net.keep(socket.socket(fileno=link.theirs.detach()))
+    raw.sendall(b"\x17\x03\x03\x00\x50only a part of it")
+    raw.shutdown(socket.SHUT_WR)
+    assert link.ours.recv(100) == b"whole"
+    with pytest.raises(ktls.TruncatedError):
+        link.ours.recv(100)
+
+
+def test_truncation_with_a_timeout(net: Net, layer: Case) -> None:
+    link = net.link(layer, timeout=PATIENCE, suppress_ragged_eofs=False)
+    cut(link.theirs)
+    with pytest.raises(ktls.TruncatedError):
+        link.ours.recv(100)
+
+
+def test_reset(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    reset(link.theirs)
+    for _ in range(3):
+        with pytest.raises(ConnectionResetError):
+            link.ours.recv(1)
+    for _ in range(3):
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            link.ours.sendall(b"x")
+
+
+def test_record_that_was_tampered_with(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    raw = net.keep(socket.socket(fileno=link.theirs.detach()))
+    raw.settimeout(PATIENCE)
+    raw.sendall(b"\x17\x03\x03\x00\x50" + bytes(0x50))
+    for _ in range(2):
+        with pytest.raises(ktls.RemoteProtocolError) as caught:
+            link.ours.recv(1)
+        assert caught.value.alert == 20  # bad_record_mac
+    with pytest.raises(ktls.KTLSError):
+        link.ours.send(b"x")
+    assert raw.recv(1) == (b"\x15" if layer.version is TLS12 else b"\x17")  # the alert
+    link.ours.close()
+
+
+# --- objects and descriptors -----------------------------------------------------------------------------------------
+
+
+def test_makefile_keeps_the_connection(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    reader, writer = link.ours.makefile("rb"), link.ours.makefile("wb")
+    link.ours.close()
+    assert link.ours.fileno() >= 0
+    writer.write(b"still here")
+    writer.close()
+    assert link.theirs.recv(100) == b"still here"
+    link.theirs.sendall(b"so am I\n")
+    assert reader.readline() == b"so am I\n"
+    reader.close()
+    assert link.ours.fileno() == -1
+    assert link.theirs.recv(1) == b""
+
+
+def test_context_manager(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    with link.ours as tls:
+        assert tls is link.ours
+        tls.sendall(b"x")
+    assert tls.fileno() == -1
+    assert read_all(link.theirs) == b"x"
+
+
+def test_detach(net: Net, layer: Case) -> None:
+    link = net.link(layer)
+    fd = link.ours.fileno()
+    assert link.ours.detach() == fd
+    assert link.ours.fileno() == -1
+    link.ours.close()
+    os.fstat(fd)  # is open
+    raw = net.keep(socket.socket(fileno=fd))
+    if layer.tx_layer == "kernel":
+        raw.sendall(b"the kernel goes on")
+        assert link.theirs.recv(100) == b"the kernel goes on"
+    else:
+        raw.sendall(b"\x17\x03\x03\x00\x01x")
+        with pytest.raises(ssl.SSLError):
+            link.theirs.recv(100)
+
+
+def test_calls_on_a_closed_socket(net: Net) -> None:
+    ours = net.link().ours
+    ours.close()
+    for call in (
+        lambda: ours.recv(1),
+        lambda: ours.send(b"x"),
+        lambda: ours.do_handshake(),
+        lambda: ours.getpeername(),
+        lambda: ours.shutdown(socket.SHUT_WR),
+    ):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            call()
+    assert "closed" in repr(ours) or "fd=-1" in repr(ours)
+
+
+def forget(everything: list[Any]) -> None:
+    """Make garbage of it and collect it."""
+    everything.clear()
+    gc.collect()
+
+
+def link_that_was_used(net: Net, layer: Case, *, files: bool) -> Link:
+    link = net.link(layer)
+    if files and layer.rx_layer == "kernel":
+        link.theirs.sendall(b"x")
+        with tempfile.TemporaryFile() as file:
+            link.ours.recvfile(file, 1)
+    return link
+
+
+@pytest.mark.parametrize("files", [False, True], ids=["plain", "after-recvfile"])
+def test_garbage_is_reported_and_its_descriptors_closed(net: Net, layer: Case, files: bool) -> None:
+    gc.collect()
+    net.link(layer)  # whatever is made once
+    before = descriptors()
+    links = [link_that_was_used(net, layer, files=files)]
+    net.sockets.remove(links[0].ours)
+    fd, theirs = links[0].ours.fileno(), links[0].theirs
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        forget(links)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        theirs.recv(1)  # garbage says no goodbye: that would look like an end in order
+    theirs.close()
+    assert descriptors() - before == set()
+
+
+def test_number_of_a_closed_descriptor_is_not_closed_again(net: Net, layer: Case) -> None:
+    """Two socket objects share the descriptor; neither may close it when it belongs to somebody else already."""
+    ours = net.link(layer).ours
+    fd = ours.fileno()
+    ours.close()
+    other = os.open("/dev/null", os.O_RDONLY)
+    if other != fd:
+        os.dup2(other, fd)
+        os.close(other)
+    net.sockets.remove(ours)
+    ours.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del ours
+        gc.collect()
+    os.fstat(fd)  # is open
+    os.close(fd)
+
+
+def test_garbage_in_a_cycle(net: Net, layer: Case) -> None:
+    class Holder:
+        sock: Any
+        myself: Any
+
+    holders = [Holder()]
+    holders[0].myself = holders[0]
+    holders[0].sock = net.link(layer).ours
+    net.sockets.remove(holders[0].sock)
+    fd = holders[0].sock.fileno()
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        forget(holders)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_no_descriptor_is_left_after_many_connections(net: Net) -> None:
+    def talk(number: int) -> None:
+        client, server = tcp_pair()
+        context = net.context("ktls", "client")
+        theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
+        with context.wrap_socket(client, server_hostname=HOST) as ours, theirs.result() as peer:
+            peer.sendall(b"x")
+            assert ours.recv(1) == b"x"
+            if number % 2:
+                ours.settimeout(0.0)
+
+    talk(0)
+    talk(1)
+    join_closers()
+    gc.collect()
+    before = descriptors()
+    for number in range(200 if not has_kernel_tls() else 60):  # the lab is slow
+        talk(number)
+    join_closers()
+    assert descriptors() - before == set()
+
+
+def join_closers() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "ktls-close":
+            thread.join(PATIENCE)
+
+
+def test_pickling_is_refused(net: Net) -> None:
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(net.link().ours)
