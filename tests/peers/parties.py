@@ -48,7 +48,8 @@ def same(received: bytes, sent: bytes) -> bool:
     """Whether every byte arrived; says how many and where not."""
     if digest(received) == digest(sent):
         return True
-    equal = len(os.path.commonprefix([received, sent]))
+    pairs = zip(received, sent, strict=False)
+    equal = next((at for at, (one, other) in enumerate(pairs) if one != other), len(received))
     raise AssertionError(f"{len(received)} bytes for {len(sent)}, equal up to {equal}")
 
 

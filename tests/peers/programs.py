@@ -15,7 +15,7 @@ from typing import IO, Final
 import pytest
 
 #: Bound of every wait for a program. Generous: the lab is slow, and a machine may be busy.
-PATIENCE: Final = 20.0
+PATIENCE: Final = 30.0
 
 
 def find_program(name: str) -> str:
@@ -117,9 +117,7 @@ class Program:
         self._reserved: socket.socket | None = None
 
     @classmethod
-    def server(
-        cls, argv: Sequence[object], env: Mapping[str, str] | None = None, *, port: str = "{port}"
-    ) -> Program:
+    def server(cls, argv: Sequence[object], env: Mapping[str, str] | None = None) -> Program:
         """Start a server that must be told its port: ``{port}`` in ``argv`` stands for it.
 
         The port stays bound by us (both sides use SO_REUSEADDR), so nobody else gets it in between.
@@ -129,7 +127,7 @@ class Program:
         reserved.bind(("127.0.0.1", 0))
         number = reserved.getsockname()[1]
         try:
-            program = cls([str(word).replace(port, str(number)) for word in argv], env)
+            program = cls([str(word).replace("{port}", str(number)) for word in argv], env)
         except BaseException:
             reserved.close()
             raise

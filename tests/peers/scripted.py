@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Final
 
+import ktls
 from ktls.protocol.enums import (
     AlertDescription,
     AlertLevel,
@@ -26,6 +27,7 @@ from ktls.record.aead import HEADER_LENGTH, RecordProtection
 
 from .parties import HOST, TLS13, Pki, Task
 from .peers import Peers, Role
+from .programs import PATIENCE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it imports asyncore
@@ -189,7 +191,7 @@ class ScriptedPeer:
 class Meeting:
     """Our end and the scripted one."""
 
-    tls: Any
+    tls: ktls.KTLSSocket
     peer: ScriptedPeer
 
 
@@ -230,7 +232,7 @@ def meet(
     listener = peers.listener()
     settings = _settings(version, cipher)
     if role == "server":
-        sock = peers.stack.enter_context(socket.create_connection(listener.getsockname(), 40))
+        sock = peers.stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE))
         connection = TLSConnection(sock)
         with Task(
             lambda: connection.handshakeClientCert(serverName=HOST, settings=settings)
@@ -242,7 +244,7 @@ def meet(
     def serve() -> tuple[socket.socket, Any]:
         sock, _ = listener.accept()
         peers.stack.enter_context(sock)
-        sock.settimeout(40)
+        sock.settimeout(PATIENCE)
         connection = TLSConnection(sock)
         _serve(connection, peers.pki, settings)
         return sock, connection

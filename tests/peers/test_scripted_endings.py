@@ -200,7 +200,7 @@ def test_we_close_one_direction(peers: Peers, version: ssl.TLSVersion, role: Rol
     meeting.peer.expect_data(b"all of it")
     meeting.peer.expect_alert(AlertDescription.CLOSE_NOTIFY)
     meeting.peer.expect_fin()
-    with pytest.raises(OSError):  # noqa: PT011  # LocalProtocolError or the network's EPIPE
+    with pytest.raises(OSError):  # LocalProtocolError or the network's EPIPE
         meeting.tls.send(b"no")
     meeting.peer.send_data(b"still yours")
     meeting.peer.close_notify()

@@ -12,7 +12,7 @@ from ktls import KTLSSocket, LocalProtocolError, RemoteProtocolError
 from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType
 from ktls.protocol.limits import FloodBudget
 
-from .parties import TLS12, TLS13, read_exactly
+from .parties import IS_LAB, TLS12, TLS13, read_exactly
 from .peers import Peers, Role
 from .scripted import TICKET, UPDATE, Meeting, ScriptedPeer, handshake_message, meet
 
@@ -212,6 +212,8 @@ def test_what_is_wrong_is_refused(
     assert caught.value.alert.name == alert.name
     check_failed(tls, caught.value)
     peer.expect_alert(alert)
+    if wrong.undecryptable and IS_LAB and in_kernel:
+        assert peers.counters.grown("TlsDecryptError") > 0
     tls.close()
     peer.expect_fin()
 

@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import pytest
@@ -32,6 +33,10 @@ def stdlib_context(pki: Pki, role: Role, version: ssl.TLSVersion) -> ssl.SSLCont
         context = ssl.create_default_context(cafile=str(pki.ca))
     context.minimum_version = context.maximum_version = version
     return context
+
+
+def other_role(role: Role) -> Role:
+    return "client" if role == "server" else "server"
 
 
 def our_context(pki: Pki, role: Role, version: ssl.TLSVersion) -> ktls.SSLContext:
@@ -70,24 +75,24 @@ def connect(
 
 
 def exchange(pair: Pair, size: int) -> None:
-    """Data in both directions at once."""
+    """Data in one direction, then in the other; at our end two threads, at theirs one.
+
+    An ``SSLSocket`` with a timeout that one thread reads while another writes fails now and then by itself: ``SSL_get_error`` sees the other's state.
+    """
     tls, other = pair
     up, down = payload(size, 1), payload(size, 2)
 
-    def read() -> bytes:
+    def take_turns() -> bytes:
         data = b""
         while len(data) < size and (chunk := other.recv(65536)):
             data += chunk
+        other.sendall(down)
         return data
 
-    with (
-        Task(lambda: read_exactly(tls, size)) as ours,
-        Task(read) as theirs,
-        Task(lambda: other.sendall(down)),
-    ):
+    with Task(lambda: read_exactly(tls, size)) as ours, Task(take_turns) as theirs:
         tls.sendall(up)
-    assert same(ours.result(), down)
     assert same(theirs.result(), up)
+    assert same(ours.result(), down)
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def unwrapping(pair: Pair) -> Iterator[None]:
 @ROLES
 @VERSIONS
 def test_data_and_unwrap(peers: Peers, version: ssl.TLSVersion, role: Role) -> None:
-    theirs = "client" if role == "server" else "server"
+    theirs = other_role(role)
     pair = connect(
         peers,
         role,
@@ -123,7 +128,7 @@ def test_data_and_unwrap(peers: Peers, version: ssl.TLSVersion, role: Role) -> N
 @VERSIONS
 def test_half_close(peers: Peers, version: ssl.TLSVersion, role: Role) -> None:
     """Our close_notify is their end; what they say after it still arrives in TLS 1.3."""
-    theirs = "client" if role == "server" else "server"
+    theirs = other_role(role)
     tls, other = connect(
         peers,
         role,
@@ -191,7 +196,7 @@ def test_tickets_off(peers: Peers, version: ssl.TLSVersion) -> None:
 @ROLES
 def test_updates_of_ours(peers: Peers, role: Role) -> None:
     """``ssl`` has no KeyUpdate of its own, but answers."""
-    theirs = "client" if role == "server" else "server"
+    theirs = other_role(role)
     tls, other = connect(
         peers, role, our_context(peers.pki, role, TLS13), stdlib_context(peers.pki, theirs, TLS13)
     )
@@ -214,7 +219,7 @@ def test_updates_of_ours(peers: Peers, role: Role) -> None:
 @ROLES
 def test_truncation_of_ours_is_seen(peers: Peers, role: Role) -> None:
     """A control: without close_notify the peer must complain, so the other tests mean something."""
-    theirs = "client" if role == "server" else "server"
+    theirs = other_role(role)
     tls, other = connect(
         peers, role, our_context(peers.pki, role, TLS13), stdlib_context(peers.pki, theirs, TLS13)
     )
@@ -236,7 +241,7 @@ def test_both_ends_are_ours(peers: Peers, version: ssl.TLSVersion) -> None:
         for number in range(3):
             if version == TLS13 and can_rekey():
                 sender.refresh_traffic_keys(request_peer=number == 1)
-            with Task(lambda end=receiver: read_exactly(end, SIZE)) as received:
+            with Task(partial(read_exactly, receiver, SIZE)) as received:
                 sender.sendall(data)
             assert same(received.result(), data)
     one.shutdown(socket.SHUT_WR)

@@ -197,6 +197,7 @@ def test_settle_tries_a_refused_receiving_key_again(monkeypatch: pytest.MonkeyPa
             r.read(3)
         r.driver.settle()
         assert r.read(3) == b"new"
+        assert not r.driver.receiver.record_waits()  # no error was met, and kept
 
 
 @both
@@ -566,6 +567,7 @@ def test_sender_is_told_the_reason_at_any_moment(
                 senders[0].join(0.2)
 
         monkeypatch.setattr(KernelConnection, "fail", fail_and_send)
+        r.driver.send(b"first")
         r.peer.send_record(99, b"what?")
         with pytest.raises(RemoteProtocolError):
             r.read(1)

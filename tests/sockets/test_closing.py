@@ -507,6 +507,7 @@ def test_garbage_in_a_cycle(net: Net, layer: Case) -> None:
 def test_no_descriptor_is_left_after_many_connections(net: Net) -> None:
     def talk(number: int) -> None:
         client, server = tcp_pair()
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         context = net.context("ktls", "client")
         theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
         with context.wrap_socket(client, server_hostname=HOST) as ours, theirs.result() as peer:

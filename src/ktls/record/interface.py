@@ -146,5 +146,5 @@ class RecordReceiver(Protocol):
         ...
 
     def pending(self) -> int:
-        """Return how many decrypted bytes are held in this process, invisible to ``poll``."""
+        """Return how many decrypted bytes are held in this process, invisible to ``poll``; at least 1 if a read would tell anything else from here."""
         ...

@@ -202,9 +202,8 @@ class SendingHalf:
             self._run_owed(flags)
             raise self._error
         if state is HalfState.FAILED:
-            with (
-                self._state_lock
-            ):  # whoever let the connection fail holds it until the reason is known
+            # Whoever let the connection fail holds the lock until the reason is known.
+            with self._state_lock:
                 failure = self.failure
             if failure is not None:
                 raise failure.with_traceback(None)
@@ -251,4 +250,3 @@ class SendingHalf:
         """Remember a network error: the kernel reports it once, and then pretends to send."""
         if error.errno in DEAD_ERRNOS:
             self._error = self._error or error
-            self._owed.clear()

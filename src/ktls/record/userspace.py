@@ -193,7 +193,10 @@ class UserspaceReceiver:
 
     def pending(self) -> int:
         """See ``RecordReceiver``."""
-        return len(self._message.fragment) if self._message is not None else 0
+        if self._message is not None:
+            return max(1, len(self._message.fragment))
+        # A refused record has left the socket, too.
+        return 1 if isinstance(self._dead, KTLSError) else 0
 
     @property
     def protection(self) -> RecordProtection:
@@ -216,13 +219,14 @@ class UserspaceReceiver:
                 self._message = InboundPlainMessage(ContentType.APPLICATION_DATA, fragment[count:])
                 return filled
             self._message = None
-            if filled == len(view) or self._missing() > 0:
+            if self._missing() > 0:
                 return filled
             try:
+                # Also when there is no room for it: ``pending`` then shows what ``poll`` can't.
                 self._message = self._open()
             except KTLSError:
                 return filled  # what was good is delivered first; the next call raises it
-            if self._message.content_type != ContentType.APPLICATION_DATA:
+            if filled == len(view) or self._message.content_type != ContentType.APPLICATION_DATA:
                 return filled
             fragment = self._message.fragment
             if not fragment:

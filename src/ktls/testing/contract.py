@@ -14,7 +14,8 @@ from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 
 from .bench import Bench, Case, MakeReceiver, MakeSender, error_of, expect, receive
 from .peers import RecordPeer, loopback_pair, made_up_keys, pattern
-from .receiver_cases import RECEIVER_CASES, RECEIVER_REKEY_CASES
+from .receiver_cases import RECEIVER_CASES
+from .rekey_cases import RECEIVER_REKEY_CASES
 from .sender_cases import SENDER_CASES, SENDER_REKEY_CASES
 
 __all__ = ("BrokenContract", "check_record_layer")
