@@ -22,7 +22,7 @@ ROOMS: Final[dict[str, set[str]]] = {
     "record": {"protocol"},
     "handshake": {"protocol", "record"},
     "settings": CORE,
-    "closing": CORE,
+    "closing": CORE | {"files", "settings", "waiting"},
     "established": CORE,
     "files": CORE | {"waiting"},
     "pump": CORE,

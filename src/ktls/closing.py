@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -25,7 +26,11 @@ from typing import Final
 
 from ktls.handshake.handoff import RecordDriver
 
-__all__ = ("close_in_background", "drop_unread", "finish", "try_finish")
+from .files import FileSocket
+from .settings import Settings
+from .waiting import for_read, for_write
+
+__all__ = ("ClosingSocket", "close_in_background", "drop_unread", "finish", "try_finish")
 
 _DROP_READS: Final = 64
 _DROP_SIZE: Final = 64 * 1024
@@ -55,7 +60,7 @@ def _close_notify_blocking(sock: socket.socket, driver: RecordDriver, timeout: f
     mode = sock.gettimeout()
     sock.setblocking(True)
     try:
-        driver.close_notify()
+        driver.close_notify(patience=timeout)
         driver.run_owed()
     finally:
         sock.settimeout(mode)
@@ -68,7 +73,8 @@ def _close_notify_polling(sock: socket.socket, driver: RecordDriver, timeout: fl
     poller.register(sock, select.POLLOUT)
     while True:
         try:
-            driver.close_notify(socket.MSG_DONTWAIT)
+            remaining = max(0.0, deadline - time.monotonic())
+            driver.close_notify(socket.MSG_DONTWAIT, patience=remaining)
             driver.flush(socket.MSG_DONTWAIT)
             return
         except BlockingIOError:
@@ -81,7 +87,7 @@ def _close_notify_polling(sock: socket.socket, driver: RecordDriver, timeout: fl
 def try_finish(sock: socket.socket, driver: RecordDriver) -> bool:
     """Do the same without waiting; return False if something is still under way. Calling again repeats nothing."""
     try:
-        driver.close_notify(socket.MSG_DONTWAIT)
+        driver.close_notify(socket.MSG_DONTWAIT, patience=0)
         driver.flush(socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
@@ -125,3 +131,100 @@ def _shut_down(sock: socket.socket) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # the peer has gone already
             raise
+
+
+class ClosingSocket(FileSocket):
+    """A TLS socket that ends in order."""
+
+    __slots__ = ("_settings",)
+
+    def __init__(
+        self, sock: socket.socket, *, settings: Settings, suppress_ragged_eofs: bool
+    ) -> None:
+        super().__init__(sock, suppress_ragged_eofs=suppress_ragged_eofs)
+        self._settings = settings
+
+    def shutdown(self, how: int) -> None:
+        """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
+
+        Non-blocking: ``ssl.SSLWantWriteError`` while close_notify can't go out; call again. While data is still on its way, TCP's own FIN is left to ``close``.
+        """
+        if how == socket.SHUT_RD or self._driver is None:
+            super().shutdown(how)
+            return
+        if self.gettimeout() == 0.0:
+            driver = self._driver
+            self.perform(lambda: driver.close_notify(socket.MSG_DONTWAIT), for_write)
+            try_finish(self._raw, driver)
+        else:
+            self._finish(self._driver)
+        if how == socket.SHUT_RDWR:
+            super().shutdown(socket.SHUT_RD)
+
+    def unwrap(self) -> socket.socket:
+        """Close both directions of TLS in order: send close_notify, wait for the peer's; return a socket for what may follow in plain text.
+
+        A socket with kernel TLS can't become plain again: then ``self`` is returned, closed for both directions. Data that comes before the peer's close_notify is dropped.
+        ``ssl.SSLError`` if plain text of the peer's was read together with its close_notify: it can't be put back.
+        """
+        driver = self._driver
+        if driver is None:
+            raise ValueError("handshake not done yet")
+        self.perform(lambda: driver.close_notify(), for_write)
+        scrap = bytearray(_DROP_SIZE)
+        while self.perform(lambda: driver.recv_into(scrap, 0, self._read_flags), for_read):
+            pass
+        if "kernel" in (driver.tx_layer, driver.rx_layer):
+            return self
+        if driver.unread():
+            raise ssl.SSLError("plain text came together with close_notify, and was read with it")
+        self.perform(driver.flush, for_write)
+        timeout = self.gettimeout()
+        plain = socket.socket(self.family, self.type, self.proto, fileno=self.detach())
+        plain.settimeout(timeout)
+        return plain
+
+    def detach(self) -> int:
+        """Give the descriptor away without closing anything. With kernel TLS its new holder can go on, and see the keys."""
+        self._driver = None
+        self._raw.detach()
+        self._release()
+        return super().detach()
+
+    def _real_close(self) -> None:
+        driver, self._driver = self._driver, None
+        inherited = False
+        try:
+            # After ``detach`` and ``unwrap`` the descriptor is somebody else's.
+            if driver is not None and self.fileno() >= 0:
+                inherited = self._close_tls(driver)
+        finally:
+            if not inherited:
+                self._raw.detach()
+            self._release()
+            super()._real_close()  # type: ignore[misc]  # not in typeshed; ssl.SSLSocket overrides it too
+
+    def _close_tls(self, driver: RecordDriver) -> bool:
+        """Say goodbye; return whether somebody else closes the descriptor, later."""
+        try:
+            if self.gettimeout() != 0.0:
+                self._finish(driver)
+            elif not try_finish(self._raw, driver):
+                super().detach()  # to the raw one, which the driver uses
+                close_in_background(self._raw, driver, self._settings.shutdown_timeout)
+                return True
+        except TimeoutError:
+            raise  # data was lost, and only we know
+        except OSError:
+            return False  # the peer has gone: that is what closing is for
+        drop_unread(self._raw)
+        return False
+
+    def _finish(self, driver: RecordDriver) -> None:
+        timeout = self.gettimeout()
+        limit = self._settings.shutdown_timeout
+        finish(self._raw, driver, limit if timeout is None else min(timeout, limit))
+
+    def _release(self) -> None:
+        """Let go of what a connection holds beside its descriptor."""
+        self._drop_pipe()

@@ -126,6 +126,15 @@ class EstablishedFacts:
         tickets = self._established.tickets if self._established is not None else None
         return tickets.session if tickets is not None else None
 
+    @session.setter
+    def session(self, session: ssl.SSLSession) -> None:
+        if self._established is not None:
+            raise ValueError("Cannot set session after handshake.")
+        self._resume(session)
+
+    def _resume(self, session: ssl.SSLSession) -> None:
+        raise NotImplementedError
+
     @property
     def session_reused(self) -> bool | None:
         """Whether this connection resumed a session; None before the handshake."""

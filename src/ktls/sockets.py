@@ -18,9 +18,8 @@ from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
 from ktls.protocol.errors import LocalProtocolError, TruncatedError
 from ktls.protocol.limits import KeyUsage
 
-from .closing import close_in_background, drop_unread, finish, try_finish
+from .closing import ClosingSocket
 from .established import Established, EstablishedFacts
-from .files import FileSocket
 from .pump import HandshakePump
 from .settings import Settings
 from .waiting import for_read, for_write
@@ -34,7 +33,7 @@ __all__ = ("KTLSSocket",)
 _MAX_RECV: Final = 256 * 1024
 
 
-class KTLSSocket(EstablishedFacts, FileSocket):
+class KTLSSocket(EstablishedFacts, ClosingSocket):
     """A TLS connection over TCP, protected by the kernel where it can. Made by ``SSLContext.wrap_socket`` or ``ktls.wrap_socket``.
 
     As ``ssl.SSLSocket``: timeouts and non-blocking mode (``ssl.SSLWantReadError``, ``ssl.SSLWantWriteError``), ``makefile``, ``suppress_ragged_eofs``, listening
@@ -52,7 +51,6 @@ class KTLSSocket(EstablishedFacts, FileSocket):
         "_server_hostname",
         "_server_side",
         "_session",
-        "_settings",
         "_unavailable",
         "_unreported",
     )
@@ -79,9 +77,8 @@ class KTLSSocket(EstablishedFacts, FileSocket):
             raise ValueError("server_hostname and session can only be specified in client mode")
         if context.check_hostname and not server_side and not server_hostname:
             raise ValueError("check_hostname requires server_hostname")
-        super().__init__(sock, suppress_ragged_eofs=suppress_ragged_eofs)
+        super().__init__(sock, settings=settings, suppress_ragged_eofs=suppress_ragged_eofs)
         self._context = context
-        self._settings = settings
         self._server_side = server_side
         self._server_hostname = server_hostname
         self._handshake_on_connect = do_handshake_on_connect
@@ -286,6 +283,17 @@ class KTLSSocket(EstablishedFacts, FileSocket):
             self.do_handshake()
         return self._running()
 
+    def _resume(self, session: ssl.SSLSession) -> None:
+        if self._server_side:
+            raise ValueError("Cannot set session for server-side SSLSocket")
+        self._session = session
+
+    def _release(self) -> None:
+        tickets = self._established.tickets if self._established is not None else None
+        if tickets is not None:
+            tickets.close()
+        super()._release()
+
     # --- receiving ---------------------------------------------------------------------------------------------
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int | None = None, flags: int = 0) -> int:
@@ -383,88 +391,3 @@ class KTLSSocket(EstablishedFacts, FileSocket):
     def write(self, data: ReadableBuffer) -> int:
         """Send as ``ssl.SSLSocket.write`` does."""
         return self.send(data)
-
-    # --- ending ------------------------------------------------------------------------------------------------
-
-    def shutdown(self, how: int) -> None:
-        """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
-
-        Non-blocking: ``ssl.SSLWantWriteError`` while close_notify can't go out; call again. While data is still on its way, TCP's own FIN is left to ``close``.
-        """
-        if how == socket.SHUT_RD or self._driver is None:
-            super().shutdown(how)
-            return
-        if self.gettimeout() == 0.0:
-            driver = self._driver
-            self.perform(lambda: driver.close_notify(socket.MSG_DONTWAIT), for_write)
-            try_finish(self._raw, driver)
-        else:
-            self._finish(self._driver)
-        if how == socket.SHUT_RDWR:
-            super().shutdown(socket.SHUT_RD)
-
-    def unwrap(self) -> socket.socket:
-        """Close both directions of TLS in order: send close_notify, wait for the peer's; return a socket for what may follow in plain text.
-
-        A socket with kernel TLS can't become plain again: then ``self`` is returned, closed for both directions. Data that comes before the peer's close_notify is dropped.
-        """
-        driver = self._running()
-        self.perform(lambda: driver.close_notify(), for_write)
-        scrap = bytearray(_MAX_RECV)
-        while self.perform(lambda: driver.recv_into(scrap, 0, self._read_flags), for_read):
-            pass
-        if "kernel" in (driver.tx_layer, driver.rx_layer):
-            return self
-        self.perform(driver.flush, for_write)
-        timeout = self.gettimeout()
-        plain = socket.socket(self.family, self.type, self.proto, fileno=self.detach())
-        plain.settimeout(timeout)
-        return plain
-
-    def detach(self) -> int:
-        """Give the descriptor away without closing anything. With kernel TLS its new holder can go on, and see the keys."""
-        self._driver = None
-        self._raw.detach()
-        self._release()
-        return super().detach()
-
-    def _real_close(self) -> None:
-        driver, self._driver = self._driver, None
-        inherited = False
-        try:
-            # After ``detach`` and ``unwrap`` the descriptor is somebody else's.
-            if driver is not None and self.fileno() >= 0:
-                inherited = self._close_tls(driver)
-        finally:
-            if not inherited:
-                self._raw.detach()
-            self._release()
-            super()._real_close()  # type: ignore[misc]  # not in typeshed; ssl.SSLSocket overrides it too
-
-    def _close_tls(self, driver: RecordDriver) -> bool:
-        """Say goodbye; return whether somebody else closes the descriptor, later."""
-        try:
-            if self.gettimeout() != 0.0:
-                self._finish(driver)
-            elif not try_finish(self._raw, driver):
-                super().detach()  # to the raw one, which the driver uses
-                close_in_background(self._raw, driver, self._settings.shutdown_timeout)
-                return True
-        except TimeoutError:
-            raise  # data was lost, and only we know
-        except OSError:
-            return False  # the peer has gone: that is what closing is for
-        drop_unread(self._raw)
-        return False
-
-    def _finish(self, driver: RecordDriver) -> None:
-        timeout = self.gettimeout()
-        limit = self._settings.shutdown_timeout
-        finish(self._raw, driver, limit if timeout is None else min(timeout, limit))
-
-    def _release(self) -> None:
-        """Let go of what a connection holds beside its descriptor."""
-        tickets = self._established.tickets if self._established is not None else None
-        if tickets is not None:
-            tickets.close()
-        self._drop_pipe()

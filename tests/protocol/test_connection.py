@@ -743,3 +743,10 @@ def test_rule_7_messages_are_counted_not_records() -> None:
     receive(conn, *[handshake(joined)] * (2048 // 64))
     with pytest.raises(RemoteProtocolError, match="too many"):
         receive(conn, handshake(ticket()))
+
+
+def test_an_empty_alert_record_is_unexpected() -> None:
+    conn = connect()
+    with pytest.raises(RemoteProtocolError, match="empty alert") as caught:
+        receive(conn, InboundPlainMessage(ContentType.ALERT, b""))
+    assert caught.value.alert is UNEXPECTED

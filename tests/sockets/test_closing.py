@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import select
 import socket
 import ssl
 import struct
@@ -154,6 +155,40 @@ def test_unwrap_without_an_answer(net: Net, layer: Case) -> None:
     cut(link.theirs)
     with pytest.raises(ssl.SSLEOFError):
         link.ours.unwrap()
+
+
+def test_unwrap_does_not_lose_plain_text_in_silence(net: Net) -> None:
+    """In user space it may be read together with the peer's close_notify; then it can't be put back."""
+    link = net.link(Case(offload="userspace", peer="ktls"))
+    theirs = link.theirs
+    theirs._driver.close_notify()
+    theirs._driver.flush()
+    socket.socket.send(theirs, b"220 plain text at once")
+    readable = select.poll()
+    readable.register(link.ours, select.POLLIN)
+    assert readable.poll(PATIENCE * 1000)
+    with pytest.raises(ssl.SSLError, match="plain text came together with close_notify"):
+        link.ours.unwrap()
+
+
+def test_close_does_not_wait_for_a_sender_that_is_stuck(net: Net, layer: Case) -> None:
+    settings = ktls.Settings(offload=layer.offload, shutdown_timeout=0.5)
+    link = net.link(layer, settings=settings, buffers=8192)
+
+    def send_for_ever() -> None:
+        with suppress(OSError):
+            link.ours.sendall(bytes(2**22))
+
+    stuck = net.spawn(send_for_ever)
+    while not link.ours._driver._sending._lock.locked():
+        os.sched_yield()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        link.ours.close()
+    assert time.monotonic() - started < LATE
+    with suppress(OSError):
+        reset(link.theirs)
+    stuck.result()
 
 
 def test_unwrap_before_the_handshake_is_refused(net: Net) -> None:

@@ -175,6 +175,24 @@ def test_session_is_resumed_when_given(net: Net, layer: Case) -> None:
     assert third.ours.session_reused is False
 
 
+def test_session_can_be_set_before_the_handshake(net: Net) -> None:
+    context = net.context("ktls", "client")
+    context.session_cache = None
+    first = net.link()
+    chat(first)
+    client, server = net.tcp()
+    theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
+    ours = net.keep(
+        context.wrap_socket(client, do_handshake_on_connect=False, server_hostname=HOST)
+    )
+    ours.session = first.ours.session
+    ours.do_handshake()
+    net.keep(theirs.result())
+    assert ours.session_reused is True
+    with pytest.raises(ValueError, match="after handshake"):
+        ours.session = first.ours.session
+
+
 def test_session_comes_with_a_ticket_in_tls13(net: Net) -> None:
     case = Case(version=TLS13)
     link = net.link(case)

@@ -35,6 +35,7 @@ from ktls.protocol.limits import DirectionUsage, KeyUsage
 from .interface import LayerName, ReadBuffer, RecordReceiver, RecordSender, WriteBuffer
 from .receiving import ReceivingHalf
 from .sending import SendingHalf
+from .userspace import UserspaceReceiver
 
 __all__ = ("Driver",)
 
@@ -107,6 +108,11 @@ class Driver:
         """Return how many decrypted bytes are held in this process, invisible to ``poll``."""
         return self._receiving.pending()
 
+    def unread(self) -> int:
+        """Return how many bytes were read from TCP and not yet opened: after the peer's close_notify, what follows it in plain text."""
+        receiver = self.receiver
+        return receiver.unread if isinstance(receiver, UserspaceReceiver) else 0
+
     def key_usage(self) -> KeyUsage:
         """Return the exact use of the current keys, from the record layers' own counters. ``OSError`` once the socket is closed."""
         return KeyUsage(
@@ -144,9 +150,12 @@ class Driver:
         """
         self._sending.refresh_traffic_keys(request_peer, flags)
 
-    def close_notify(self, flags: int = 0) -> None:
-        """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing."""
-        self._sending.close_notify(flags)
+    def close_notify(self, flags: int = 0, *, patience: float = -1) -> None:
+        """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing.
+
+        ``patience``: seconds to wait for another thread that is sending; -1: for ever.
+        """
+        self._sending.close_notify(flags, patience=patience)
 
     def run_owed(self) -> None:
         """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""

@@ -6,6 +6,7 @@ keys nor counts. Same methods as ``driver.Driver``, so that a front end need not
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -155,9 +156,15 @@ class EngineDriver:
         """Not possible here: ``LocalProtocolError``; the ``ssl`` module has no such call."""
         raise LocalProtocolError("the engine protects this connection and can't refresh keys")
 
-    def close_notify(self, flags: int = 0) -> None:
-        """Close our side. ``BlockingIOError``: call again; doing so repeats nothing."""
-        with self._tx_lock:
+    def unread(self) -> int:
+        """Return how many bytes were read from TCP that the engine has not taken: after the peer's close_notify, what follows it in plain text."""
+        return self._incoming.pending
+
+    def close_notify(self, flags: int = 0, *, patience: float = -1) -> None:
+        """Close our side. ``BlockingIOError``: call again; doing so repeats nothing. ``patience``: as in ``Driver.close_notify``."""
+        if not self._tx_lock.acquire(timeout=patience):
+            raise BlockingIOError(errno.EAGAIN, "another thread is sending")
+        try:
             if not self._tx_closed:
                 self._tx_closed = True
                 with self._engine_lock:
@@ -166,6 +173,8 @@ class EngineDriver:
                     except (ssl.SSLError, ValueError):
                         pass  # wants the peer's close_notify, or has failed before
             self._push(flags)
+        finally:
+            self._tx_lock.release()
 
     def flush(self, flags: int = 0) -> None:
         """Hand to TCP whatever is still held here; ``BlockingIOError`` if that can't be done yet."""

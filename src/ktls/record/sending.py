@@ -5,6 +5,7 @@ See ``driver`` for the theory. The queue is the only place where a sending comma
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections import deque
@@ -123,17 +124,22 @@ class SendingHalf:
             )
         self._run(flags)
 
-    def close_notify(self, flags: int = 0) -> None:
-        """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing."""
+    def close_notify(self, flags: int = 0, *, patience: float = -1) -> None:
+        """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing.
+
+        ``patience``: seconds to wait for another thread that is sending; -1: for ever.
+        """
         with self._state_lock:
             self.owe(self._connection.close())
-        self._run(flags)
+        self._run(flags, patience)
 
-    def _run(self, flags: int) -> None:
+    def _run(self, flags: int, patience: float = -1) -> None:
+        if not self._lock.acquire(timeout=patience):
+            raise BlockingIOError(errno.EAGAIN, "another thread is sending")
         try:
-            with self._lock:
-                self._run_owed(flags)
+            self._run_owed(flags)
         finally:
+            self._lock.release()
             self._released()
 
     def _released(self) -> None:

@@ -199,6 +199,11 @@ class UserspaceReceiver:
         return 1 if isinstance(self._dead, KTLSError) else 0
 
     @property
+    def unread(self) -> int:
+        """How many bytes were read from TCP and not yet opened."""
+        return len(self._buffer)
+
+    @property
     def protection(self) -> RecordProtection:
         """The key at work, for a successor that takes over at a boundary."""
         return self._protection

@@ -18,7 +18,15 @@ from .receiver_cases import RECEIVER_CASES
 from .rekey_cases import RECEIVER_REKEY_CASES
 from .sender_cases import SENDER_CASES, SENDER_REKEY_CASES
 
-__all__ = ("BrokenContract", "check_record_layer")
+__all__ = (
+    "BrokenContract",
+    "Rekey",
+    "alert_goes_out_after_a_bad_record",
+    "both_directions_at_once",
+    "check_record_layer",
+    "receiver_refuses_a_second_key",
+    "sender_refuses_a_second_key",
+)
 
 #: ``if_told``: check ``install`` where the half says ``can_change_key``, and that it refuses where it does not. ``unasked``: leave it out.
 Rekey: TypeAlias = Literal["if_told", "required", "absent", "unasked"]

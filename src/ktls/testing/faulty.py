@@ -27,7 +27,10 @@ from ktls.record.interface import (
     WriteBuffer,
 )
 
-__all__ = ("FaultyReceiver", "FaultySender")
+__all__ = (
+    "FaultyReceiver",
+    "FaultySender",
+)
 
 
 class _Faulty:

@@ -24,7 +24,36 @@ from .bench import (
 )
 from .peers import eventually, made_up_keys, pattern, wait_readable
 
-__all__ = ("RECEIVER_CASES",)
+__all__ = (
+    "RECEIVER_CASES",
+    "control_records_are_told_and_read_one_by_one",
+    "counting_goes_on_from_the_first_number",
+    "data_comes_before_the_control_record_behind_it",
+    "data_of_any_size_arrives",
+    "empty_records_are_not_the_end",
+    "end_of_stream_is_told_again_and_again",
+    "framing_error_is_not_lost_to_a_look",
+    "nbytes_is_respected",
+    "nothing_and_half_a_record_would_block",
+    "nothing_is_hidden_from_poll",
+    "padding_is_removed",
+    "pending_bytes_need_no_poll",
+    "read_record_takes_the_rest_of_a_data_record",
+    "record_is_read_in_parts",
+    "record_may_come_byte_by_byte",
+    "record_without_a_type_is_refused",
+    "records_merge_into_a_large_buffer",
+    "replayed_record_is_refused",
+    "repr_shows_no_key",
+    "reset_is_told_again_and_again",
+    "too_long_record_is_refused",
+    "too_much_inside_a_record_is_refused",
+    "too_short_record_is_refused",
+    "unprotected_record_is_refused",
+    "unreadable_record_is_told_again_and_again",
+    "what_is_not_tls_is_refused",
+    "wrong_key_is_refused",
+)
 
 _ALERT: Final = ContentType.ALERT
 _HANDSHAKE: Final = ContentType.HANDSHAKE

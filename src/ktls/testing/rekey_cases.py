@@ -12,7 +12,14 @@ from ktls.record.interface import ControlRecord, RecordReceiver
 from .bench import Bench, Case, error_of, expect, receive
 from .peers import made_up_keys
 
-__all__ = ("RECEIVER_REKEY_CASES",)
+__all__ = (
+    "RECEIVER_REKEY_CASES",
+    "fragment_that_looks_like_a_key_update",
+    "install_after_a_key_update",
+    "key_update_behind_another_message",
+    "key_update_split_over_two_records",
+    "key_updates_in_a_row",
+)
 
 _HANDSHAKE: Final = ContentType.HANDSHAKE
 

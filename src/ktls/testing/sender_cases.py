@@ -28,7 +28,27 @@ from .bench import (
 )
 from .peers import RecordPeer, eventually, made_up_keys, pattern, turns, wait_readable
 
-__all__ = ("SENDER_CASES", "SENDER_REKEY_CASES")
+__all__ = (
+    "SENDER_CASES",
+    "SENDER_REKEY_CASES",
+    "any_bytes_like_object_is_sent",
+    "bad_file_is_no_harm",
+    "control_records_go_out_whole_and_in_order",
+    "counting_goes_on_from_the_first_number",
+    "data_of_any_size_arrives",
+    "dead_after_a_reset",
+    "dead_after_the_peer_closed",
+    "flush_is_true_only_when_everything_is_out",
+    "install_leaves_accepted_records_alone",
+    "install_restarts_the_numbers",
+    "max_fragment_is_respected",
+    "no_data_is_no_record",
+    "records_are_full",
+    "repr_shows_no_key",
+    "sendfile_sends_what_is_asked",
+    "sendfile_stops_where_there_is_no_room",
+    "would_block_takes_nothing",
+)
 
 _ALERT: Final = ContentType.ALERT
 _HANDSHAKE: Final = ContentType.HANDSHAKE
