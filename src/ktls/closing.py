@@ -33,6 +33,8 @@ from .waiting import for_read, for_write
 __all__ = ("ClosingSocket", "close_in_background", "drop_unread", "finish", "try_finish")
 
 _DROP_READS: Final = 64
+#: Milliseconds between two looks at SIOCOUTQ.
+_TICK: Final = 2
 _DROP_SIZE: Final = 64 * 1024
 
 
@@ -42,7 +44,11 @@ def finish(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
     Raises ``TimeoutError`` if not all went out, and ``OSError`` from the network.
     """
     try:
-        if driver.tx_layer == "kernel":
+        if driver.tx_layer == "kernel" and driver.tx_closed:
+            _wait_for_acknowledgement(
+                sock, driver, timeout
+            )  # it went out without waiting: that proves nothing
+        elif driver.tx_layer == "kernel":
             _close_notify_blocking(sock, driver, timeout)
         else:
             _close_notify_polling(sock, driver, timeout)
@@ -64,6 +70,22 @@ def _close_notify_blocking(sock: socket.socket, driver: RecordDriver, timeout: f
         driver.run_owed()
     finally:
         sock.settimeout(mode)
+
+
+def _wait_for_acknowledgement(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
+    """Wait until TCP has nothing under way any more; there is no event for that, only for the end of the connection."""
+    deadline = time.monotonic() + timeout
+    poller = select.poll()
+    poller.register(sock, 0)  # POLLERR and POLLHUP
+    while True:
+        try:
+            driver.flush(socket.MSG_DONTWAIT)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        if poller.poll(_TICK):
+            return  # nobody is there who could acknowledge anything
 
 
 def _close_notify_polling(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:

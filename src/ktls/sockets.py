@@ -385,7 +385,7 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
             size = len(view)
             sent = self.send(view, flags)
             while sent < size:
-                self._running().settle(read_ahead=True)  # as in ``sendfile``
+                self._ready().settle(read_ahead=True)  # as in ``sendfile``
                 sent += self.send(view[sent:], flags)
 
     def write(self, data: ReadableBuffer) -> int:

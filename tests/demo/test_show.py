@@ -45,9 +45,7 @@ def run_step(
     return [line.good for line in demo.lines]
 
 
-def test_good_only_if_the_kernel_counted(
-    show: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_good_only_if_the_kernel_counted(show: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_step(show, monkeypatch, [{"TlsTxSw": 1}, {"TlsTxSw": 3}]) == [True, True]
     assert run_step(show, monkeypatch, [{"TlsTxSw": 1}, {"TlsTxSw": 2}]) == [True, False]
     assert run_step(show, monkeypatch, [{}, {}]) == [True, False]

@@ -31,6 +31,7 @@ from typing import final
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import Direction
 from ktls.protocol.limits import DirectionUsage, KeyUsage
+from ktls.protocol.states import HalfState
 
 from .interface import LayerName, ReadBuffer, RecordReceiver, RecordSender, WriteBuffer
 from .receiving import ReceivingHalf
@@ -45,7 +46,7 @@ class Driver:
     """One connection at work. Thread-safe.
 
     ``on_ticket`` gets each NewSessionTicket message, ``on_key_change`` is called after a key of either direction was changed; both run in the thread that
-    found the cause, and may raise ``RemoteProtocolError`` only.
+    found the cause, and may raise ``RemoteProtocolError`` only. They run under the driver's locks: they must not call it.
     """
 
     __slots__ = ("_receiving", "_sending", "connection", "receiver", "sender")
@@ -93,6 +94,11 @@ class Driver:
     def owes(self) -> bool:
         """Whether commands, or bytes sealed already, wait in this process for room in TCP's buffer."""
         return self._sending.owes
+
+    @property
+    def tx_closed(self) -> bool:
+        """Whether our close_notify has been sent."""
+        return self.connection.tx_state is HalfState.CLOSED and not self.owes
 
     @property
     def unsent(self) -> bool:

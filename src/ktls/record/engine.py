@@ -77,6 +77,11 @@ class EngineDriver:
         return bool(self._out) or self._outgoing.pending > 0
 
     @property
+    def tx_closed(self) -> bool:
+        """Whether our close_notify has been sent."""
+        return self._tx_closed and not self.owes
+
+    @property
     def unsent(self) -> bool:
         """The same: the engine's messages and the application's data are one stream of bytes."""
         return self.owes
@@ -98,21 +103,28 @@ class EngineDriver:
         """Send application data; return how many bytes were accepted. Raises as ``Driver.send``."""
         if not len(data):
             return 0
-        with self._tx_lock:
-            if self._error is not None:
-                raise self._error.with_traceback(None)
-            if self._tx_closed:
-                raise LocalProtocolError("the sending side is closed")
+        try:
+            with self._tx_lock:
+                return self._send(data, flags)
+        finally:
+            if self._outgoing.pending:
+                self.run_owed()  # what a reader owes, who found the lock taken
+
+    def _send(self, data: ReadBuffer, flags: int) -> int:
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+        if self._tx_closed:
+            raise LocalProtocolError("the sending side is closed")
+        self._push(flags)
+        with self._engine_lock:
+            accepted = self._engine.write(memoryview(data).cast("B")[:_BATCH])
+        try:
             self._push(flags)
-            with self._engine_lock:
-                accepted = self._engine.write(memoryview(data).cast("B")[:_BATCH])
-            try:
-                self._push(flags)
-            except OSError:
-                if self._error is not None:
-                    raise
-                # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
-            return accepted
+        except OSError:
+            if self._error is not None:
+                raise
+            # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
+        return accepted
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; 0 at the end of the file."""

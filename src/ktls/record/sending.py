@@ -229,13 +229,27 @@ class SendingHalf:
                     self._sender.send_record(item.content_type, item.fragment, flags)
                     self._meter.used(1, 0)
                 else:
-                    self._sender.install(item.keys)
+                    self._install(item)
             except OSError as error:
                 self._failed(error)
                 raise
             owed.popleft()
             if isinstance(item, UpdateTxKey):
                 self._installed(item)
+
+    def _install(self, item: UpdateTxKey) -> None:
+        try:
+            self._sender.install(item.keys)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EINVAL):
+                raise
+            # The peer waits for the new key, and we only have the old one: not even close_notify can be said any more.
+            self._error = KeyLimitError("the kernel refused the new sending key")
+            with self._state_lock:
+                self._connection.fail()
+                self.failure = self._error
+                self._owed.clear()
+            raise self._error from error
 
     def _installed(self, item: UpdateTxKey) -> None:
         with self._state_lock:
