@@ -18,7 +18,7 @@ from ktls.record.meter import MAX_PIECE
 
 from .waiting import WaitingSocket, for_read, for_write
 
-__all__ = ("FileCopier", "FileMover", "FileSocket", "FileSplicer", "SendableFile")
+__all__ = ("FileCopier", "FileMover", "FileSocket", "FileSplicer", "Pipe", "SendableFile")
 
 _COPY_SIZE: Final = 64 * 1024
 _PIPE_SIZE: Final = 256 * 1024
