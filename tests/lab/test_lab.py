@@ -127,7 +127,8 @@ def short_directory() -> Iterator[Path]:
 def test_nothing_is_left_behind_when_it_is_stopped(short_directory: Path, sent: int) -> None:
     env = os.environ | {"TMPDIR": str(short_directory)}
     with (short_directory / "out").open("wb") as out:
-        words = [RUN, "--", "sh", "-c", "echo up; sleep 100"]
+        # Whoever started us in the background may have left SIGINT ignored, and that is inherited.
+        words = ["env", "--default-signal=INT", RUN, "--", "sh", "-c", "echo up; sleep 100"]
         process = subprocess.Popen(words, stdout=out, env=env, start_new_session=True)
         wait_until(short_directory / "out", "up")
         assert kernels_of(short_directory)
