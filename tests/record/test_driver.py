@@ -841,3 +841,22 @@ def test_no_data_is_no_call(layer: Layer) -> None:
         assert r.sender.calls == []
         assert (r.driver.tx_layer, r.driver.rx_layer) == (layer, layer)
         assert r.connection.tx_state is HalfState.OPEN
+
+
+# --- a key that is refused for good ----------------------------------------------------------------------------------
+
+
+def test_refused_sending_key_ends_everything() -> None:
+    """Our KeyUpdate is out, and the kernel does not take the key: under the old one not even close_notify may follow."""
+    with rig() as r:
+        r.sender.refuse("install", OSError(errno.EBUSY, "busy"))
+        with pytest.raises(KeyLimitError, match="refused the new sending key"):
+            r.driver.refresh_traffic_keys()
+        for _ in range(2):
+            with pytest.raises(KeyLimitError, match="refused the new sending key"):
+                r.driver.send(b"x")
+        r.driver.close_notify()
+        assert not r.driver.owes
+        next_is_key_update(r)
+        r.sock.shutdown(socket.SHUT_WR)
+        assert r.peer.read_record() is None  # nothing came after the KeyUpdate
