@@ -233,6 +233,8 @@ def test_our_client_resumes(peers: Peers, version: ssl.TLSVersion, words: tuple[
             session = None
         peers.stack.enter_context(tls.unwrap())
         tls.close()
+    for _ in range(2 * resumes):
+        program.out.expect(b"This is a resumed session")
     assert bytes(program.out).count(b"This is a resumed session") == 2 * resumes
 
 
