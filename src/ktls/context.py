@@ -72,7 +72,7 @@ class SSLContext(ssl.SSLContext):
 
     @property
     def keep_session(self) -> bool:
-        """Clients: whether the engine is kept for session tickets (about 20 KiB a connection). Without it nothing is resumed."""
+        """Clients: whether the engine is kept for session tickets (about 27 KB a connection). Without it nothing is resumed."""
         return self._ktls_settings.keep_session
 
     @keep_session.setter

@@ -23,7 +23,7 @@ class Settings:
     key_limits: KeyLimits = field(default_factory=KeyLimits)
     #: Seconds that ``close`` may take to deliver what was accepted.
     shutdown_timeout: float = 30.0
-    #: Clients: keep the engine after the hand-off, for the tickets that ``session`` needs (about 20 KiB a connection).
+    #: Clients: keep the engine after the hand-off, for the tickets that ``session`` needs (about 27 KB a connection).
     keep_session: bool = True
     #: Clients: resume by host and port without being asked.
     session_cache: SessionCache | None = None

@@ -81,7 +81,7 @@ class FileServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind; ``HTTPServer`` would ask the DNS for our name here."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # typeshed: it may be a path
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Do one connection, from the handshake to close_notify, in its thread."""
