@@ -54,7 +54,7 @@ def defined(body: list[ast.stmt], *, imported: bool) -> set[str]:
                 names.add(node.name)
             case ast.Assign(targets=targets):
                 for target in targets:
-                    names |= {n.id for n in ast.walk(target) if is_stored_name(n)}  # type: ignore[attr-defined]
+                    names |= {n.id for n in ast.walk(target) if is_stored_name(n)}  # type: ignore[attr-defined]  # is_stored_name has looked
             case ast.AnnAssign(target=ast.Name(id=bound)):
                 names.add(bound)
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):

@@ -449,7 +449,7 @@ def test_a_callback_that_switches_to_nonsense(pki: Pki, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "unraisablehook", errors.append)  # so does ssl report it
 
     def switch(sslobject: ssl.SSLObject, *_: object) -> None:
-        sslobject.context = "nonsense"  # type: ignore[assignment]
+        sslobject.context = "nonsense"  # type: ignore[assignment]  # that is the mistake
 
     context = pki.server()
     context.sni_callback = switch

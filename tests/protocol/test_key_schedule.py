@@ -224,7 +224,7 @@ def test_equal_secrets_are_equal_and_hashable() -> None:
 def test_secrets_can_not_be_changed_and_can_be_copied() -> None:
     original = secret(TLS13, b"c", 3)
     with pytest.raises(AttributeError):
-        original.generation = 4  # type: ignore[misc]
+        original.generation = 4  # type: ignore[misc]  # frozen: that is the test
     assert copy.copy(original) == pickle.loads(pickle.dumps(original)) == original
 
 

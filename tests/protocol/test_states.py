@@ -266,7 +266,7 @@ SECRET_BEARERS: list[object] = [
 
 @pytest.mark.parametrize("bearer", SECRET_BEARERS, ids=lambda bearer: type(bearer).__name__)
 def test_nothing_secret_is_printed(bearer: object) -> None:
-    texts = [repr(bearer), str(bearer), f"{bearer}", f"{bearer!r:>300}", "%s %r" % (bearer, bearer)]  # noqa: UP031
+    texts = [repr(bearer), str(bearer), f"{bearer}", f"{bearer!r:>300}", "%s %r" % (bearer, bearer)]  # noqa: UP031  # all ways to print
     texts += [repr([bearer]), repr((bearer,)), repr({"key": bearer}), ascii(bearer)]
     assert not any(map(leaks, texts))
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import ProtocolVersion, Role
@@ -16,6 +16,8 @@ from ktls.testing import FaultyReceiver, FaultySender, RecordPeer, loopback_pair
 from ktls.testing.peers import made_up_keys, made_up_secret
 
 from . import layers
+
+_T = TypeVar("_T")
 
 if TYPE_CHECKING:
     import socket
@@ -110,27 +112,27 @@ def rig(
         yield Rig(driver, RecordPeer(theirs, suite), sender, receiver, connection, sock, tickets)
 
 
-class Worker(threading.Thread):
+class Worker(threading.Thread, Generic[_T]):
     """Runs something in another thread, and hands its result or error over."""
 
-    def __init__(self, work: Callable[[], object]) -> None:
+    def __init__(self, work: Callable[[], _T]) -> None:
         super().__init__(daemon=True)
         self._work = work
-        self._result: object = None
+        self._results: list[_T] = []
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._result = self._work()
+            self._results.append(self._work())
         except BaseException as error:
             self._error = error
 
-    def result(self) -> object:
+    def result(self) -> _T:
         """Wait for the end; return the result, or raise the error."""
         self.join(40)
         if self.is_alive():
             raise AssertionError("the thread does not end")
         if self._error is not None:
             raise self._error
-        return self._result
+        return self._results[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def test_nothing_is_lost(layer: Layer, end: Callable[[Rig], None]) -> None:
     for _ in range(TRIALS):
         with rig(layer, small=True) as r:
             accepted = half_fill(r)
-            reader = Worker(lambda r=r, n=accepted: arrives_whole(r, n))  # type: ignore[misc]
+            reader = Worker(functools.partial(arrives_whole, r, accepted))
             end(r)
             reader.result()
 

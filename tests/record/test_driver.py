@@ -154,7 +154,7 @@ def test_real_buffer_full(layer: Layer) -> None:
                 break
         reader = Worker(lambda: r.peer.read_data(total + 1))
         assert r.driver.send(b"x") == 1
-        assert len(reader.result()) == total + 1  # type: ignore[arg-type]
+        assert len(reader.result()) == total + 1
         r.driver.close_notify()
         assert next_message(r) == CLOSE_NOTIFY
         assert r.peer.rx_generation == changes == r.connection.tx_generation
@@ -555,7 +555,7 @@ def test_sender_is_told_the_reason_at_any_moment(
     layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in the middle of the failing: "the sending side is closed" would be a lie, and say that the connection goes on."""
-    senders: list[Worker] = []
+    senders: list[Worker[int]] = []
     fail = KernelConnection.fail
 
     with rig(layer) as r:

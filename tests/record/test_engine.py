@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import ssl
@@ -96,13 +97,13 @@ def connection(
 
 def test_data_both_ways(connection: Connection) -> None:
     for size in (1, 16384, 300_000):
-        reader = Worker(lambda size=size: connection.peer_reads(size))  # type: ignore[misc]
+        reader = Worker(functools.partial(connection.peer_reads, size))
         sent = 0
         while sent < size:
             sent += connection.driver.send(pattern(size)[sent:])
         connection.driver.flush()
         assert reader.result() == pattern(size)
-        writer = Worker(lambda size=size: connection.peer.sendall(pattern(size)))  # type: ignore[misc]
+        writer = Worker(functools.partial(connection.peer.sendall, pattern(size)))
         assert connection.read(size) == pattern(size)
         writer.result()
 

@@ -344,7 +344,7 @@ def test_arguments_are_checked_as_by_ssl(net: Net, authority: Authority) -> None
     with pytest.raises(ValueError, match="check_hostname requires server_hostname"):
         plain.wrap_socket(client)
     with pytest.raises(ValueError, match="can only be specified in client mode"):
-        server.wrap_socket(client, server_side=True, session=object())  # type: ignore[arg-type]
+        server.wrap_socket(client, server_side=True, session=object())  # type: ignore[arg-type]  # that is the mistake
     assert client.fileno() >= 0
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram,

@@ -151,7 +151,7 @@ def test_position_after_a_sendfile_that_timed_out(net: Net, layer: Case, tmp_pat
 def test_sendfile_refuses(net: Net, path: Path) -> None:
     ours = net.link().ours
     with open(path, encoding="latin-1") as text, pytest.raises(ValueError, match="binary mode"):
-        ours.sendfile(text)  # type: ignore[arg-type]
+        ours.sendfile(text)  # type: ignore[arg-type]  # that is the mistake
     with open(path, "rb") as file:
         for count in (0, -1):
             with pytest.raises(ValueError, match="count must be a positive integer"):
@@ -162,7 +162,7 @@ def test_sendfile_refuses(net: Net, path: Path) -> None:
 
 
 def test_sendfile_of_a_closed_file(net: Net, path: Path) -> None:
-    file = open(path, "rb")  # noqa: SIM115
+    file = open(path, "rb")  # noqa: SIM115  # closed by the test
     file.close()
     with pytest.raises(ValueError, match="closed file"):
         net.link().ours.sendfile(file)
@@ -306,7 +306,7 @@ def test_recvfile_into_what_takes_only_a_part(net: Net, layer: Case) -> None:
     link = net.link(layer)
     link.theirs.sendall(CONTENT[:50_000])
     file = Reluctant()
-    assert link.ours.recvfile(file, 50_000) == 50_000  # type: ignore[arg-type]
+    assert link.ours.recvfile(file, 50_000) == 50_000  # type: ignore[arg-type]  # a file of its own kind
     assert file.taken == CONTENT[:50_000]
 
 
@@ -349,7 +349,7 @@ def test_recvfile_when_the_disk_is_full(
     link = net.link(layer)
     sending = net.spawn(link.theirs.sendall, CONTENT[:100_000])
     with file_size_limit(50_000):
-        file: IO[bytes] = open(tmp_path / "received", mode, buffering=buffering)  # noqa: SIM115
+        file: IO[bytes] = open(tmp_path / "received", mode, buffering=buffering)  # noqa: SIM115  # closed by the test
         with pytest.raises(OSError) as caught:
             link.ours.recvfile(file, 100_000)
         assert caught.value.errno == errno.EFBIG

@@ -54,7 +54,7 @@ def test_kernel_is_demanded(net: Net, role: Case) -> None:
 def test_policy_is_checked() -> None:
     context = ktls.SSLContext()
     with pytest.raises(ValueError, match="offload must be auto, kernel or userspace"):
-        context.offload = "hardware"  # type: ignore[assignment]
+        context.offload = "hardware"  # type: ignore[assignment]  # that is the mistake
     assert context.offload == "auto"
 
 

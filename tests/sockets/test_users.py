@@ -169,7 +169,7 @@ def test_socketserver(authority: Authority, ktls_client: ktls.SSLContext) -> Non
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         with (
-            socket.create_connection(server.server_address[:2]) as sock,  # type: ignore[arg-type]
+            socket.create_connection(server.server_address[:2]) as sock,  # type: ignore[arg-type]  # typeshed: it may be a path
             ktls_client.wrap_socket(sock, server_hostname=HOST) as tls,
             tls.makefile("rwb") as file,
         ):
