@@ -1,0 +1,446 @@
+"""``KTLSStream``: a TLS connection as a byte stream of anyio.
+
+Theory of operation
+-------------------
+Everything is tried first and waited for afterwards, with ``anyio.wait_readable`` and ``wait_writable``, which both backends have. That order is not a matter of speed: ``poll`` does not
+show a KeyUpdate that the kernel has decrypted ahead, so who waits first waits for ever. A read that says "would block" has met all that had come.
+
+Who waits for what:
+
+- One task reads and one task writes, at most (``BusyResourceError``).
+- Either may find something to send that is not the application's: the answer to a KeyUpdate, an alert. If TCP has no room for it the driver owes it, and the task that reads waits for room as well.
+  So two tasks may wait for room, and anyio allows one for each descriptor: the second waits for the first, which wakes it however its own wait ends.
+- A task that sends for long, or that waits for room while nobody reads, looks for control records in between (``settle``): the peer's KeyUpdate is answered, its alert ends the
+  sending. But not while another task waits for something to read: ``settle`` may take bytes from TCP, and that task would not hear of them.
+
+Cancellation never tears a record or a change of keys: the driver's steps do not wait, and what they have left to do is done by the next call. It may tear an *item* of ``send`` in two.
+Then nobody knows how much of it will arrive, and a close_notify would tell the peer that it has got everything. So the sending side is broken from there on, and ``aclose`` ends TCP
+without close_notify, which the peer reports as truncation.
+
+What this module does not do: threads. A stream belongs to its event loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+import select
+import socket
+import ssl
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar, final
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
+from anyio.abc import ByteStream, SocketStream
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
+
+from ktls.closing import drop_unread, try_finish
+from ktls.context import create_default_context
+from ktls.files import SendableFile
+from ktls.protocol.errors import LocalProtocolError, TruncatedError
+from ktls.record.meter import MAX_PIECE
+from ktls.settings import Settings, settings_of
+
+from .attributes import attributes_of
+from .opening import Opened, Opening, take_over
+
+__all__ = ("KTLSStream",)
+
+_T = TypeVar("_T")
+
+#: ``receive(n)`` allocates n bytes while it tries; more than this at once only costs memory.
+_MAX_RECEIVE: Final = 256 * 1024
+#: Bytes of a file without a descriptor, read and sent at once.
+_COPY_SIZE: Final = 256 * 1024
+#: Seconds between two looks whether the peer has acknowledged everything, the first and the last.
+_FIRST_TICK: Final = 0.001
+_LAST_TICK: Final = 0.05
+
+
+@final
+class KTLSStream(ByteStream):
+    """A TLS connection over TCP, protected by the kernel where it can. Made by ``wrap``, ``connect_tcp`` or a ``KTLSListener``.
+
+    Extra attributes: all of ``SocketAttribute``, all of ``KTLSAttribute``, and all of ``TLSAttribute`` but ``shared_ciphers``. ``TLSAttribute.ssl_object`` is no ``ssl.SSLObject``, but
+    has its query methods.
+    """
+
+    def __init__(self, opened: Opened, settings: Settings, *, standard_compatible: bool) -> None:
+        """Not for applications: use ``wrap``."""
+        self._opened = opened
+        self._sock = opened.sock
+        self._driver = opened.driver
+        self._settings = settings
+        self._standard_compatible = standard_compatible
+        self._peer_address = opened.sock.getpeername()
+        self._receiving = ResourceGuard("reading from")
+        self._sending = ResourceGuard("writing to")
+        #: Set while a task waits for room; it tells the others when its wait has ended.
+        self._room: anyio.Event | None = None
+        #: Whether a task waits for something to read.
+        self._awaits_data = False
+        #: Whether a part of an item was sent, and the rest was not.
+        self._torn = False
+        self._said_eof = False
+        self._closed = False
+        #: The first error that ended the connection, for the observer.
+        self._error: OSError | None = None
+
+    @classmethod
+    async def wrap(
+        cls,
+        transport_stream: SocketStream | socket.socket,
+        *,
+        server_side: bool | None = None,
+        hostname: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        standard_compatible: bool = True,
+        settings: Settings | None = None,
+    ) -> KTLSStream:
+        """Shake hands over a connection, and take it over: ``transport_stream`` is closed (a socket: detached), whatever comes of it.
+
+        ``server_side`` is True if left out without a ``hostname``; ``ssl_context`` is ``ktls.create_default_context()`` if left out. ``standard_compatible=False``: the end of TCP
+        is the end of the stream, with or without close_notify. ``settings`` says what a plain context can't.
+
+        Raises ``TypeError`` for a transport that is no plain TCP connection, or a foreign context; ``ssl.SSLError`` if the handshake fails, ``BrokenResourceError`` if the
+        connection ends in it. Cancelled, or after an error, the connection is closed.
+        """
+        if server_side is None:
+            server_side = not hostname
+        if ssl_context is None:
+            purpose = ssl.Purpose.CLIENT_AUTH if server_side else ssl.Purpose.SERVER_AUTH
+            ssl_context = create_default_context(purpose)
+        if settings is None:
+            settings = settings_of(ssl_context)
+        sock, early = await take_over(transport_stream)
+        try:
+            opening = Opening(
+                sock, ssl_context, server_side=server_side, hostname=hostname, settings=settings
+            )
+            opened = await opening.run(early)
+            return cls(opened, settings, standard_compatible=standard_compatible)
+        except BaseException:
+            sock.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else str(self._opened.offload)
+        return f"<ktls.anyio.KTLSStream fd={self._sock.fileno()} {self._opened.facts.version()} {state}>"
+
+    # --- trying and waiting ------------------------------------------------------------------------------------
+
+    async def _attempt(
+        self, operation: Callable[[], _T], wait: Callable[[], Awaitable[None]]
+    ) -> _T:
+        """Try ``operation``; while it would block, wait and try again. A checkpoint in any case, but none that could be cancelled once it was done."""
+        await checkpoint_if_cancelled()
+        waited = False
+        while True:
+            self._check_open()
+            try:
+                result = operation()
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._broken(error) from error
+            else:
+                if not waited:
+                    await cancel_shielded_checkpoint()
+                return result
+            await wait()
+            waited = True
+
+    def _broken(self, error: OSError) -> BrokenResourceError:
+        self._error = self._error or error
+        return BrokenResourceError()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedResourceError
+
+    async def _wait_readable(self) -> None:
+        self._awaits_data = True
+        try:
+            if self._driver.owes:
+                await self._wait_for_either()
+            else:
+                await anyio.wait_readable(self._sock)
+        finally:
+            self._awaits_data = False
+
+    async def _wait_for_either(self) -> None:
+        """Wait for something to read, or for room to send what is owed, and send it. The caller looks whether the stream was closed meanwhile."""
+
+        async def push() -> None:
+            try:
+                await self._wait_writable()
+                self._driver.run_owed()
+            except ClosedResourceError:
+                pass
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(push)
+            try:
+                await anyio.wait_readable(self._sock)
+            except ClosedResourceError:
+                pass
+            group.cancel_scope.cancel()
+
+    async def _wait_writable(self) -> None:
+        if self._room is not None:
+            await self._room.wait()
+            return
+        self._room = anyio.Event()
+        try:
+            await anyio.wait_writable(self._sock)
+        finally:
+            self._room.set()
+            self._room = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Handle control records that have come, if nobody else is about to."""
+        if not self._awaits_data and not self._closed:
+            self._driver.settle(read_ahead=True)
+
+    # --- receiving ---------------------------------------------------------------------------------------------
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """Receive between 1 and ``max_bytes`` bytes. Cancelled, it has taken nothing.
+
+        Raises ``EndOfStream`` after the peer's close_notify, ``BrokenResourceError`` if the connection ended otherwise (its cause is a ``KTLSError`` or an ``OSError``;
+        ``TruncatedError`` without close_notify), ``ClosedResourceError`` after or during ``aclose``, ``BusyResourceError`` if another task is receiving.
+        """
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        with self._receiving:
+            read = functools.partial(self._read, min(max_bytes, _MAX_RECEIVE))
+            data = await self._attempt(read, self._wait_readable)
+        if not data:
+            raise EndOfStream
+        return data
+
+    def _read(self, size: int) -> bytes:
+        # Allocated for each try: a connection that waits holds no buffer.
+        buffer = bytearray(size)
+        try:
+            count = self._driver.recv_into(buffer, size)
+        except TruncatedError:
+            if self._standard_compatible:
+                raise
+            return b""
+        del buffer[count:]
+        return bytes(buffer)
+
+    # --- sending -----------------------------------------------------------------------------------------------
+
+    async def send(self, item: bytes) -> None:
+        """Send all of ``item``.
+
+        Cancelled (or after an error) when a part was sent already, the sending side is broken: the stream can only be received from, and closed. Cancelled before that, nothing
+        has happened.
+
+        Raises ``BrokenResourceError`` if the connection has ended (its cause is a ``KTLSError`` or an ``OSError``), ``ClosedResourceError`` after ``send_eof``, and after or
+        during ``aclose``, ``BusyResourceError`` if another task is sending.
+        """
+        with self._sending:
+            self._check_may_send()
+            await self._send(memoryview(item).cast("B"))
+
+    async def _send(self, view: memoryview) -> None:
+        if not view:
+            await checkpoint()
+        while view:
+            send = functools.partial(self._driver.send, view)
+            view = view[await self._attempt(send, self._wait_writable) :]
+            self._torn = len(view) > 0
+            await self._push_out(last=not view)
+
+    async def _push_out(self, *, last: bool) -> None:
+        """After each piece that was accepted: get it out of this process (kernel TLS never has it there), and see to what has come meanwhile."""
+        if self._driver.unsent:
+            await self._attempt(self._driver.flush, self._wait_writable)
+        if not last:
+            self._settle()
+
+    def _check_may_send(self) -> None:
+        self._check_open()
+        if self._said_eof:
+            raise ClosedResourceError
+        if self._torn:
+            raise BrokenResourceError("an item was sent in part only")
+
+    async def send_eof(self) -> None:
+        """Close our side with close_notify, behind everything sent; receiving goes on. TCP's own end is left to ``aclose``.
+
+        ``NotImplementedError`` before TLS 1.3, where close_notify ends both directions. Otherwise raises as ``send``.
+        """
+        version = self._opened.facts.version()
+        if version != "TLSv1.3":
+            raise NotImplementedError(f"only TLS 1.3 can close one direction, this is {version}")
+        with self._sending:
+            self._check_open()
+            if self._torn:
+                raise BrokenResourceError("an item was sent in part only")
+            self._said_eof = True
+            close = functools.partial(self._driver.close_notify, patience=0)
+            await self._attempt(close, self._wait_writable)
+            await self._push_out(last=True)
+
+    async def refresh_traffic_keys(self, request_peer: bool = False) -> None:
+        """Change our sending key (KeyUpdate), and ask the peer to change its own with ``request_peer``. May be called while other tasks send and receive.
+
+        ``LocalProtocolError``: TLS 1.2, a kernel without rekey, our side is closed; nothing changed. Cancelled, the change may still be pending; it happens before the next data
+        is sent. Otherwise raises as ``send``.
+        """
+        await checkpoint_if_cancelled()
+        self._check_open()
+        try:
+            self._driver.refresh_traffic_keys(request_peer)
+        except BlockingIOError:
+            pass
+        except LocalProtocolError:
+            raise
+        except OSError as error:
+            raise self._broken(error) from error
+        await self._attempt(self._push_owed, self._wait_writable)
+
+    def _push_owed(self) -> None:
+        self._driver.run_owed()
+        if self._driver.owes:
+            raise BlockingIOError(errno.EAGAIN, "commands are still owed")
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    async def sendfile(
+        self,
+        file: SendableFile | anyio.AsyncFile[bytes],
+        offset: int = 0,
+        count: int | None = None,
+    ) -> int:
+        """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
+
+        With kernel TLS that is ``os.sendfile``: nothing is copied to this process, and the disk is waited for in the event loop's thread, as asyncio does it. Files without a
+        descriptor are read (in a worker thread) and sent. The file's position is behind the last byte sent, also after an exception or a cancellation, which otherwise leave what
+        ``send`` leaves. ``ValueError`` for a file in text mode or a ``count`` below 1. Otherwise raises as ``send``, and ``OSError`` from the file.
+        """
+        source: Any = file.wrapped if isinstance(file, anyio.AsyncFile) else file
+        if "b" not in getattr(source, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        with self._sending:
+            self._check_may_send()
+            fd = _regular(source)
+            if fd is None:
+                return await self._copy(source, offset, count)
+            return await self._sendfile(source, fd, offset, count)
+
+    async def _sendfile(self, file: Any, fd: int, offset: int, count: int | None) -> int:
+        total = 0
+        try:
+            while count is None or total < count:
+                piece = MAX_PIECE if count is None else min(MAX_PIECE, count - total)
+                send = functools.partial(self._driver.sendfile, fd, offset + total, piece)
+                sent = await self._attempt(send, self._wait_writable)
+                if not sent:
+                    break
+                total += sent
+                self._torn = True
+                await self._push_out(last=False)
+            self._torn = False
+        finally:
+            if total:
+                file.seek(offset + total)
+        return total
+
+    async def _copy(self, file: Any, offset: int, count: int | None) -> int:
+        if offset:
+            file.seek(offset)
+        total = 0
+        while count is None or total < count:
+            size = _COPY_SIZE if count is None else min(_COPY_SIZE, count - total)
+            data = await anyio.to_thread.run_sync(file.read, size)
+            if not data:
+                break
+            self._torn = total > 0
+            await self._send(memoryview(data))
+            total += len(data)
+            self._torn = True
+        self._torn = False
+        return total
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Deliver everything sent, say close_notify, and close. Does not wait for the peer's close_notify; what it still sends is dropped.
+
+        Takes as long as the peer takes to acknowledge everything, at most ``settings.shutdown_timeout`` seconds: then ``BrokenResourceError`` caused by ``TimeoutError``, for
+        data was lost. Tasks that are in ``receive`` or ``send`` get ``ClosedResourceError``. Cancelled (``anyio.aclose_forcefully``), it closes at once, without close_notify.
+        """
+        if self._closed:
+            await checkpoint()
+            return
+        self._closed = True
+        anyio.notify_closing(self._sock)
+        try:
+            await checkpoint()
+            if not self._torn:
+                await self._finish()
+        finally:
+            self._release()
+
+    async def _finish(self) -> None:
+        timeout = self._settings.shutdown_timeout
+        with anyio.move_on_after(timeout) as scope:
+            try:
+                await self._deliver()
+            except OSError as error:  # the peer has gone: that is what closing is for
+                self._error = self._error or error
+        if scope.cancelled_caught:
+            self._error = TimeoutError(
+                errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
+            )
+            raise BrokenResourceError from self._error
+        drop_unread(self._sock)
+
+    async def _deliver(self) -> None:
+        """Wait until the peer's TCP has everything. There is no event for that; see ``ktls.closing``."""
+        tick = _FIRST_TICK
+        poller = select.poll()
+        poller.register(self._sock, 0)
+        while not try_finish(self._sock, self._driver):
+            if any(events & select.POLLHUP for _, events in poller.poll(0)):
+                return  # nobody is there who could acknowledge anything
+            drop_unread(self._sock)  # a peer that has to send first can go on
+            await anyio.sleep(tick)
+            tick = min(2 * tick, _LAST_TICK)
+
+    def _release(self) -> None:
+        self._sock.close()
+        tickets = self._opened.established.tickets
+        if tickets is not None:
+            tickets.close()
+        if self._settings.observer is not None:
+            self._settings.observer.connection_ended(self._opened.offload, self._error)
+
+    # --- facts -------------------------------------------------------------------------------------------------
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        """See the class."""
+        return attributes_of(self._opened, self._peer_address, self._standard_compatible)
+
+
+def _regular(file: Any) -> int | None:
+    """Return the descriptor of a regular file, or None for whatever else can be read."""
+    try:
+        fd: int = file.fileno()
+        return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except (AttributeError, io.UnsupportedOperation):
+        return None
