@@ -14,7 +14,7 @@ MAX_LINES: Final = 450
 
 CORE: Final = {"protocol", "record", "handshake"}
 HELPERS: Final = {"closing", "established", "files", "pump", "settings", "waiting"}
-FRONT_ENDS: Final = {"sockets", "context", "aio"}
+FRONT_ENDS: Final = {"sockets", "context", "aio", "anyio"}
 
 #: Every room (top-level package or module of ktls), and the rooms that it may import.
 ROOMS: Final[dict[str, set[str]]] = {
@@ -30,6 +30,7 @@ ROOMS: Final[dict[str, set[str]]] = {
     "sockets": CORE | HELPERS,
     "context": CORE | HELPERS | {"sockets"},
     "aio": CORE | HELPERS | {"sockets", "context"},
+    "anyio": CORE | HELPERS | {"sockets", "context"},
     "asgi": CORE | HELPERS | FRONT_ENDS,
     "cli": CORE | HELPERS | FRONT_ENDS | {"asgi", "__init__"},
     "testing": CORE,

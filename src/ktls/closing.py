@@ -30,7 +30,14 @@ from .files import FileSocket
 from .settings import Settings
 from .waiting import for_read, for_write
 
-__all__ = ("ClosingSocket", "close_in_background", "drop_unread", "finish", "try_finish")
+__all__ = (
+    "ClosingSocket",
+    "close_in_background",
+    "drop_unread",
+    "finish",
+    "shut_down",
+    "try_finish",
+)
 
 _DROP_READS: Final = 64
 #: Milliseconds between two looks at SIOCOUTQ.
@@ -56,7 +63,7 @@ def finish(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
         raise TimeoutError(
             errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
         ) from None
-    _shut_down(sock)
+    shut_down(sock)
 
 
 def _close_notify_blocking(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
@@ -113,7 +120,7 @@ def try_finish(sock: socket.socket, driver: RecordDriver) -> bool:
         driver.flush(socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
-    _shut_down(sock)
+    shut_down(sock)
     return True
 
 
@@ -147,7 +154,8 @@ def drop_unread(sock: socket.socket) -> None:
             return
 
 
-def _shut_down(sock: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
+    """Send FIN. Only when nothing is queued above TCP any more: see the theory."""
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as error:

@@ -1,16 +1,39 @@
-"""What an ``ssl.SSLContext`` can't say: offload policy, key limits, sessions."""
+"""What an ``ssl.SSLContext`` can't say: offload policy, key limits, sessions, and who wants to know what happens."""
 
 from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, Protocol, final
 
-from ktls.handshake.handoff import OffloadPolicy
+from ktls.handshake.handoff import Offload, OffloadPolicy
 from ktls.handshake.sessions import SessionCache
+from ktls.protocol.enums import Direction, KeyChangeCause
 from ktls.protocol.limits import KeyLimits
 
-__all__ = ("DEFAULTS", "Settings", "settings_of")
+__all__ = ("DEFAULTS", "Observer", "Settings", "settings_of")
+
+
+class Observer(Protocol):
+    """Is told what happens on connections: for metrics. Called in the thread that found out; must be quick, and must not raise."""
+
+    def handshake_completed(
+        self, version: str, cipher: str, session_reused: bool, offload: Offload
+    ) -> None:
+        """A connection begins. Names are those of ``ssl``: ``TLSv1.3``, ``TLS_AES_128_GCM_SHA256``."""
+        ...
+
+    def handshake_failed(self, error: BaseException) -> None:
+        """There will be no connection."""
+        ...
+
+    def key_changed(self, direction: Direction, cause: KeyChangeCause) -> None:
+        """A traffic key was replaced. Under a lock of the connection: don't touch it."""
+        ...
+
+    def connection_ended(self, offload: Offload, error: BaseException | None) -> None:
+        """A connection that began has ended; with ``error`` None in order, or because we said so."""
+        ...
 
 
 @final
@@ -27,6 +50,7 @@ class Settings:
     keep_session: bool = True
     #: Clients: resume by host and port without being asked.
     session_cache: SessionCache | None = None
+    observer: Observer | None = None
 
 
 #: Of a plain ``ssl.SSLContext``.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ktls.protocol.limits import KeyLimits
     from ktls.protocol.suites import CipherSuite
-    from ktls.record.interface import RecordReceiver
+    from ktls.record.interface import KeyChangeObserver, RecordReceiver
 
 Layer = Literal["userspace", "kernel"]
 
@@ -74,7 +74,7 @@ def rig(
     clock: Callable[[], float] = time.monotonic,
     small: bool = False,
     max_fragment: int = MAX_FRAGMENT,
-    on_key_change: Callable[[], None] | None = None,
+    on_key_change: KeyChangeObserver | None = None,
     role: Role = Role.CLIENT,
 ) -> Iterator[Rig]:
     """Give a driver whose directions live where it is said. ``key_changes``: what the sender is to say, if not the truth."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ktls.protocol.connection import KernelConnection
-from ktls.protocol.enums import AlertDescription, ContentType
+from ktls.protocol.enums import AlertDescription, ContentType, Direction, KeyChangeCause
 from ktls.protocol.errors import (
     AlertReceived,
     KeyLimitError,
@@ -219,7 +219,7 @@ def test_receiving_key_that_is_refused_for_good(layer: Layer) -> None:
 def test_raising_callback_does_not_repeat_the_change(layer: Layer) -> None:
     errors = [RemoteProtocolError("bad ticket", AlertDescription.DECODE_ERROR)]
 
-    def callback() -> None:
+    def callback(direction: Direction, cause: KeyChangeCause) -> None:
         if errors:
             raise errors.pop()
 

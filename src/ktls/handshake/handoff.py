@@ -20,19 +20,20 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
 from ktls.protocol.connection import KernelConnection
-from ktls.protocol.enums import ProtocolVersion
+from ktls.protocol.enums import Direction, KeyChangeCause, ProtocolVersion
 from ktls.protocol.errors import OffloadError
 from ktls.protocol.limits import KeyLimits
 from ktls.protocol.suites import MAX_FRAGMENT
 from ktls.record.catchup import CatchUpReceiver
 from ktls.record.driver import Driver
 from ktls.record.engine import EngineDriver
-from ktls.record.interface import LayerName, RecordReceiver, RecordSender
+from ktls.record.interface import KeyChangeObserver, LayerName, RecordReceiver, RecordSender
 from ktls.record.kernel import KernelReceiver, KernelSender, attach
 from ktls.record.probe import max_payload_supported, rekey_supported
 from ktls.record.userspace import UserspaceReceiver, UserspaceSender
 
 from .result import HandshakeResult, HandshakeSecrets
+from .tickets import TicketRelay
 
 __all__ = ("Offload", "OffloadPolicy", "RecordDriver", "hand_off", "prepare")
 
@@ -83,11 +84,12 @@ def hand_off(
     policy: OffloadPolicy = "auto",
     unavailable: str | None = None,
     limits: KeyLimits | None = None,
+    on_key_change: KeyChangeObserver | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[RecordDriver, str | None]:
     """Set a connection going after ``result``; return its driver, and why it is not wholly in the kernel.
 
-    ``unavailable`` is what ``prepare`` returned. The TCP stream must be exactly behind ``result.leftover``.
+    ``unavailable`` is what ``prepare`` returned; ``on_key_change`` is told of every change of a key. The TCP stream must be exactly behind ``result.leftover``.
     Raises ``OffloadError`` only with the policy ``kernel``; nothing was sent then.
     """
     secrets = result.secrets
@@ -120,10 +122,21 @@ def hand_off(
         sender,
         receiver,
         on_ticket=relay.feed if relay is not None else None,
-        on_key_change=relay.ratchet if relay is not None else None,
+        on_key_change=on_key_change if relay is None else _ratcheting(relay, on_key_change),
         clock=clock,
     )
     return driver, reasons[0] if reasons else None
+
+
+def _ratcheting(relay: TicketRelay, observer: KeyChangeObserver | None) -> KeyChangeObserver:
+    """The relay's engine moves on with every key, too."""
+
+    def key_changed(direction: Direction, cause: KeyChangeCause) -> None:
+        relay.ratchet()
+        if observer is not None:
+            observer(direction, cause)
+
+    return key_changed
 
 
 def _stay_with_engine(sock: socket.socket, result: HandshakeResult) -> EngineDriver:

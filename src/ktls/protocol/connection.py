@@ -29,11 +29,13 @@ from .enums import (
     ContentType,
     Direction,
     HandshakeType,
+    KeyChangeCause,
     KeyUpdateRequest,
     ProtocolVersion,
     Role,
 )
 from .errors import AlertReceived, KTLSError, LocalProtocolError, RemoteProtocolError
+from .half import Half
 from .key_schedule import TrafficSecret
 from .limits import FloodBudget, KeyLimits
 from .messages import (
@@ -76,19 +78,6 @@ _MAX_GENERATION: Final = 2**48 - 1
 _MAX_RENEGOTIATION_ANSWERS: Final = 16
 
 
-class _Half:
-    """State of one direction: its half machine, its secret (None in TLS 1.2) and when its key came into use."""
-
-    __slots__ = ("generation", "label", "secret", "since", "state")
-
-    def __init__(self, secret: TrafficSecret | None, label: str, now: float) -> None:
-        self.state = HalfState.OPEN
-        self.secret = secret
-        self.generation = secret.generation if secret is not None else 0
-        self.label = label
-        self.since = now
-
-
 @final
 class KernelConnection:
     """One TLS connection after its handshake.
@@ -102,7 +91,6 @@ class KernelConnection:
     __slots__ = (
         "_answers_left",
         "_budget",
-        "_installed",
         "_key_log",
         "_owed_generation",
         "_reassembler",
@@ -135,15 +123,12 @@ class KernelConnection:
         self.cipher_suite = cipher_suite
         self.limits = limits if limits is not None else KeyLimits()
         self.tx_key_can_change = is_tls13 and tx_key_can_change
-        self._tx = _Half(tx_secret, ours, now)
-        self._rx = _Half(rx_secret, theirs, now)
-        self._reassembler = HandshakeReassembler(self._accept)
+        self._tx = Half(tx_secret, ours, now)
+        self._rx = Half(rx_secret, theirs, now)
+        #: Made when there is something to put together: most connections never see a handshake message again.
+        self._reassembler: HandshakeReassembler | None = None
         self._budget = FloodBudget(now)
         self._key_log = key_log
-        self._installed = {
-            Direction.TX: self._tx.generation,
-            Direction.RX: self._rx.generation,
-        }
         self._owed_generation: int | None = None
         self._request_outstanding = False
         self._answers_left = _MAX_RENEGOTIATION_ANSWERS
@@ -184,12 +169,15 @@ class KernelConnection:
 
     def installed_generation(self, direction: Direction) -> int:
         """Generation of the key that the record layer uses now."""
-        return self._installed[direction]
+        return self._half(direction).installed
+
+    def _half(self, direction: Direction) -> Half:
+        return self._tx if direction is Direction.TX else self._rx
 
     @property
     def fragment_pending(self) -> bool:
         """Whether a handshake message has begun and not ended: application data would now be an error."""
-        return self._reassembler.pending
+        return self._reassembler is not None
 
     def record_limit(self, direction: Direction) -> int | None:
         """Sequence number at which the current key of ``direction`` is to be replaced, or else its use ends; None: never.
@@ -240,15 +228,19 @@ class KernelConnection:
         )
 
     def _application_data(self, data: bytes, now: float) -> Sequence[ConnectionState]:
-        if self._reassembler.pending:
-            raise RemoteProtocolError(
-                "application data inside a handshake message", AlertDescription.UNEXPECTED_MESSAGE
-            )
+        self._refuse_inside_message("application data")
         if data:
             self._budget.earn(len(data))
             return (ApplicationData(data),)
         self._spend(now)
         return ()
+
+    def _refuse_inside_message(self, what: str) -> None:
+        """RFC 9846 §5.1: the fragments of a handshake message come one after the other, with nothing in between."""
+        if self.fragment_pending:
+            raise RemoteProtocolError(
+                f"{what} inside a handshake message", AlertDescription.UNEXPECTED_MESSAGE
+            )
 
     def _spend(self, now: float) -> None:
         if not self._budget.spend(now):
@@ -262,19 +254,13 @@ class KernelConnection:
         alert = parse_alert(fragment)
         is_tls13 = self.version is ProtocolVersion.TLSv1_3
         if alert.description == AlertDescription.CLOSE_NOTIFY:
-            if self._reassembler.pending:
-                raise RemoteProtocolError(
-                    "close_notify inside a handshake message", AlertDescription.UNEXPECTED_MESSAGE
-                )
+            self._refuse_inside_message("close_notify")
             return self._peer_closed()
         # TLS 1.3 ignores the level: all but these two are errors (RFC 9846 §6). In TLS 1.2 a warning is one.
         if alert.description == AlertDescription.USER_CANCELED or (
             not is_tls13 and alert.level == AlertLevel.WARNING
         ):
-            if self._reassembler.pending:
-                raise RemoteProtocolError(
-                    "alert inside a handshake message", AlertDescription.UNEXPECTED_MESSAGE
-                )
+            self._refuse_inside_message("alert")
             return ()
         raise AlertReceived(alert.description)
 
@@ -290,14 +276,16 @@ class KernelConnection:
     def _handshake(self, fragment: bytes, now: float) -> Sequence[ConnectionState]:
         if not fragment:
             raise RemoteProtocolError("empty handshake record", AlertDescription.UNEXPECTED_MESSAGE)
-        messages = self._reassembler.feed(fragment)
+        reassembler = self._reassembler or HandshakeReassembler(self._accept)
+        messages = reassembler.feed(fragment)
+        self._reassembler = reassembler if reassembler.pending else None
         items: list[ConnectionState] = []
         for position, message in enumerate(messages, start=1):
             if position > 1:
                 self._spend(now)  # the record has paid for the first
             rule = HANDSHAKE_RULES[self.version, self.role][message.type]
             if rule is HandshakeRule.KEY_UPDATE:
-                if position < len(messages) or self._reassembler.pending:
+                if position < len(messages) or self.fragment_pending:
                     raise RemoteProtocolError(
                         "KeyUpdate is not the last message of its record",
                         AlertDescription.UNEXPECTED_MESSAGE,
@@ -333,7 +321,9 @@ class KernelConnection:
             # The answer must come before our next application data: there can be no such data any more.
             self._tx.state = TX_TRANSITIONS[self._tx.state, TxEvent.KEY_EXHAUSTED]
             return (update_rx,)
-        answer = self._advance_tx(KeyUpdateRequest.UPDATE_NOT_REQUESTED, now)
+        answer = self._advance_tx(
+            KeyUpdateRequest.UPDATE_NOT_REQUESTED, now, KeyChangeCause.PEER_REQUEST
+        )
         self._owed_generation = self._tx.generation
         return (update_rx, *answer)
 
@@ -349,7 +339,11 @@ class KernelConnection:
     # --- sending -----------------------------------------------------------------------------------------------
 
     def refresh_traffic_keys(
-        self, request_peer: bool = False, *, now: float
+        self,
+        request_peer: bool = False,
+        *,
+        now: float,
+        cause: KeyChangeCause = KeyChangeCause.APPLICATION,
     ) -> Sequence[ConnectionState]:
         """Start a new generation of our sending key and, with ``request_peer``, ask the peer for one of its own.
 
@@ -366,17 +360,17 @@ class KernelConnection:
         if request_peer and not self._request_outstanding:
             request = KeyUpdateRequest.UPDATE_REQUESTED
             self._request_outstanding = True
-        return self._advance_tx(request, now)
+        return self._advance_tx(request, now, cause)
 
     def tx_key_installed(self, generation: int) -> None:
         """Note that the ``UpdateTxKey`` of ``generation`` has been run: its predecessor protects nothing any more."""
-        self._installed[Direction.TX] = generation
+        self._tx.installed = generation
         if self._owed_generation is not None and generation >= self._owed_generation:
             self._owed_generation = None
 
     def rx_key_installed(self, generation: int) -> None:
         """Note that the ``UpdateRxKey`` of ``generation`` has been run."""
-        self._installed[Direction.RX] = generation
+        self._rx.installed = generation
 
     def record_usage(
         self, direction: Direction, sequence_number: int, *, octets: int = 0, now: float
@@ -386,10 +380,10 @@ class KernelConnection:
         ``sequence_number`` is that of the next record, ``octets`` the bytes of application data under this key so far. When the receiving key nears its
         limit the peer is asked for a new one. A sending key that can't be changed makes the sending side EXHAUSTED.
         """
-        half = self._tx if direction is Direction.TX else self._rx
+        half = self._half(direction)
         if self._tx.state is not HalfState.OPEN or half.state is not HalfState.OPEN:
             return ()
-        if self._tx.generation != self._installed[Direction.TX]:
+        if self._tx.generation != self._tx.installed:
             return ()  # an update is under way: the count is that of a key on its way out
         limit = self.record_limit(direction)
         due = (
@@ -401,12 +395,14 @@ class KernelConnection:
             return ()
         if direction is Direction.TX:
             if self._may_advance_tx():
-                return self._advance_tx(KeyUpdateRequest.UPDATE_NOT_REQUESTED, now)
+                return self._advance_tx(
+                    KeyUpdateRequest.UPDATE_NOT_REQUESTED, now, KeyChangeCause.LIMIT
+                )
             self._tx.state = TX_TRANSITIONS[self._tx.state, TxEvent.KEY_EXHAUSTED]
             return ()
         if self._request_outstanding or not self._may_advance_tx():
             return ()  # receivers do not enforce limits (RFC 9846 §5.5)
-        return self.refresh_traffic_keys(request_peer=True, now=now)
+        return self.refresh_traffic_keys(request_peer=True, now=now, cause=KeyChangeCause.LIMIT)
 
     def close(self) -> Sequence[ConnectionState]:
         """Close our sending side with close_notify; nothing follows if it is closed or failed already."""
@@ -427,18 +423,20 @@ class KernelConnection:
     def _may_advance_tx(self) -> bool:
         return self.tx_key_can_change and self._tx.generation < _MAX_GENERATION
 
-    def _advance_tx(self, request: KeyUpdateRequest, now: float) -> Sequence[ConnectionState]:
+    def _advance_tx(
+        self, request: KeyUpdateRequest, now: float, cause: KeyChangeCause
+    ) -> Sequence[ConnectionState]:
         secret = self._advance(self._tx, now)
         return (
             SendMessage(ContentType.HANDSHAKE, build_key_update(request)),
-            UpdateTxKey(secret.keys(), secret.generation),
+            UpdateTxKey(secret.keys(), secret.generation, cause),
         )
 
     def _advance_rx(self, now: float) -> UpdateRxKey:
         secret = self._advance(self._rx, now)
         return UpdateRxKey(secret.keys(), secret.generation)
 
-    def _advance(self, half: _Half, now: float) -> TrafficSecret:
+    def _advance(self, half: Half, now: float) -> TrafficSecret:
         assert half.secret is not None  # the rules let no KeyUpdate through in TLS 1.2
         half.secret = half.secret.next()
         half.generation = half.secret.generation

@@ -14,6 +14,7 @@ __all__ = (
     "ContentType",
     "Direction",
     "HandshakeType",
+    "KeyChangeCause",
     "KeyUpdateRequest",
     "ProtocolVersion",
     "Role",
@@ -121,3 +122,16 @@ class Direction(enum.Enum):
 
     TX = "tx"
     RX = "rx"
+
+
+class KeyChangeCause(enum.Enum):
+    """Why a traffic key was replaced by the next one."""
+
+    #: A limit of ours was reached (``KeyLimits``, the AEAD limit), or the receiving key nears it and the peer was asked.
+    LIMIT = "limit"
+    #: The application called ``refresh_traffic_keys``.
+    APPLICATION = "application"
+    #: Our key: the peer asked for it (KeyUpdate with update_requested).
+    PEER_REQUEST = "peer_request"
+    #: The peer's key: its KeyUpdate came.
+    PEER = "peer"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias, final
 
-from .enums import ContentType, HandshakeType, ProtocolVersion, Role
+from .enums import ContentType, HandshakeType, KeyChangeCause, ProtocolVersion, Role
 from .key_schedule import TrafficKeys
 
 __all__ = (
@@ -80,11 +80,12 @@ class SendMessage:
 class UpdateTxKey:
     """Command: install ``keys`` for sending, with sequence number 0; everything after it is under the new key.
 
-    Then tell the connection with ``tx_key_installed(generation)``.
+    Then tell the connection with ``tx_key_installed(generation)``. ``cause`` is for statistics only.
     """
 
     keys: TrafficKeys
     generation: int
+    cause: KeyChangeCause = field(default=KeyChangeCause.APPLICATION, compare=False)
 
 
 @final

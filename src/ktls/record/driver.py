@@ -33,7 +33,14 @@ from ktls.protocol.enums import Direction
 from ktls.protocol.limits import DirectionUsage, KeyUsage
 from ktls.protocol.states import HalfState
 
-from .interface import LayerName, ReadBuffer, RecordReceiver, RecordSender, WriteBuffer
+from .interface import (
+    KeyChangeObserver,
+    LayerName,
+    ReadBuffer,
+    RecordReceiver,
+    RecordSender,
+    WriteBuffer,
+)
 from .receiving import ReceivingHalf
 from .sending import SendingHalf
 from .userspace import UserspaceReceiver
@@ -58,7 +65,7 @@ class Driver:
         receiver: RecordReceiver,
         *,
         on_ticket: Callable[[bytes], None] | None = None,
-        on_key_change: Callable[[], None] | None = None,
+        on_key_change: KeyChangeObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.connection = connection
@@ -144,6 +151,10 @@ class Driver:
         last, every further call raises it again.
         """
         return self._sending.send(data, flags)
+
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """Send ``buffers``, none of them empty, as if they were one piece: in the kernel one system call. Returns and raises as ``send``."""
+        return self._sending.send_vector(buffers, flags)
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; return how many were accepted, 0 at the end of the file. Raises as ``send``."""

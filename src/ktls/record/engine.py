@@ -126,6 +126,10 @@ class EngineDriver:
             # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
         return accepted
 
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """Send ``buffers`` as if they were one piece; return how many bytes were accepted. Raises as ``Driver.send``."""
+        return self.send(b"".join(buffers), flags)
+
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; 0 at the end of the file."""
         data = os.pread(fd, min(count, _BATCH), offset)

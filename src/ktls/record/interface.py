@@ -15,7 +15,10 @@ some errors once, then waits for ever or drops data in silence).
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
+
+from ktls.protocol.enums import Direction, KeyChangeCause
 
 if TYPE_CHECKING:
     from ktls.protocol.enums import ContentType
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = (
     "DEAD_ERRNOS",
     "ControlRecord",
+    "KeyChangeObserver",
     "LayerName",
     "ReadBuffer",
     "RecordReceiver",
@@ -34,6 +38,9 @@ __all__ = (
 
 #: Where a direction lives, as ``Offload.tx`` and ``Offload.rx`` say it.
 LayerName: TypeAlias = Literal["kernel", "userspace", "engine"]
+
+#: Told after each change of a key which direction's it was, and why. Must not raise, nor call the connection.
+KeyChangeObserver: TypeAlias = Callable[[Direction, KeyChangeCause], None]
 
 ReadBuffer: TypeAlias = bytes | bytearray | memoryview
 WriteBuffer: TypeAlias = bytearray | memoryview
@@ -74,6 +81,10 @@ class RecordSender(Protocol):
 
         Accepted bytes need no further call to be delivered, unless ``unsent`` says so, and except ``flush`` before closing.
         """
+        ...
+
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """Send ``buffers`` (1 or more, none of them empty) as if they were one piece; return as ``send``."""
         ...
 
     def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:

@@ -55,6 +55,8 @@ from .linux import (
 __all__ = ("KernelReceiver", "KernelSender", "attach")
 
 _CONTROL_SPACE: Final = socket.CMSG_SPACE(1)
+#: The most buffers that one system call takes (UIO_MAXIOV of linux/uio.h).
+_IOV_MAX: Final = 1024
 _KEY_UPDATE_BYTE: Final = bytes((HandshakeType.KEY_UPDATE,))
 #: What a failed read means (the table of errors in the theory above), and the alert that answers it.
 _READ_ERRORS: Final = {
@@ -122,6 +124,16 @@ class KernelSender:
             raise self._dead_again()
         try:
             return self._sock.send(data, flags)
+        except OSError as error:
+            self._note(error)
+            raise
+
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """See ``RecordSender``. One system call; the pieces share records."""
+        if self._dead is not None:
+            raise self._dead_again()
+        try:
+            return self._sock.sendmsg(buffers[:_IOV_MAX], (), flags)
         except OSError as error:
             self._note(error)
             raise

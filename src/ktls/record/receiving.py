@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, final
 
 from ktls.protocol.connection import KernelConnection
-from ktls.protocol.enums import AlertDescription, Direction
+from ktls.protocol.enums import AlertDescription, Direction, KeyChangeCause
 from ktls.protocol.errors import (
     KeyLimitError,
     KTLSError,
@@ -35,7 +35,7 @@ from ktls.protocol.states import (
 )
 
 from .catchup import CatchUpReceiver
-from .interface import DEAD_ERRNOS, ControlRecord, RecordReceiver, WriteBuffer
+from .interface import DEAD_ERRNOS, ControlRecord, KeyChangeObserver, RecordReceiver, WriteBuffer
 from .kernel import KernelReceiver
 from .meter import Meter
 from .sending import SendingHalf
@@ -74,7 +74,7 @@ class ReceivingHalf:
         state_lock: threading.Lock,
         *,
         on_ticket: Callable[[bytes], None] | None,
-        on_key_change: Callable[[], None] | None,
+        on_key_change: KeyChangeObserver | None,
         clock: Callable[[], float],
     ) -> None:
         self._connection = connection
@@ -302,7 +302,7 @@ class ReceivingHalf:
         self._mark()
         self._meter.key_changed()
         if self._on_key_change is not None:
-            self._on_key_change()
+            self._on_key_change(Direction.RX, KeyChangeCause.PEER)
 
     def _truncated(self) -> None:
         self._end = TruncatedError(

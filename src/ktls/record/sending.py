@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import final
 
@@ -17,10 +16,21 @@ from ktls.protocol.enums import ContentType, Direction
 from ktls.protocol.errors import KeyLimitError, KTLSError, LocalProtocolError
 from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
 
-from .interface import DEAD_ERRNOS, ReadBuffer, RecordSender
+from .interface import DEAD_ERRNOS, KeyChangeObserver, ReadBuffer, RecordSender
 from .meter import Meter
 
 __all__ = ("SendingHalf",)
+
+
+def _beginning(buffers: list[ReadBuffer], count: int) -> list[ReadBuffer]:
+    """Return the first ``count`` bytes of ``buffers``."""
+    for position, buffer in enumerate(buffers):
+        if len(buffer) > count:
+            return (
+                [*buffers[:position], memoryview(buffer)[:count]] if count else buffers[:position]
+            )
+        count -= len(buffer)
+    return buffers
 
 
 @final
@@ -46,7 +56,7 @@ class SendingHalf:
         sender: RecordSender,
         state_lock: threading.Lock,
         *,
-        on_key_change: Callable[[], None] | None,
+        on_key_change: KeyChangeObserver | None,
         clock: Callable[[], float],
     ) -> None:
         self._connection = connection
@@ -55,7 +65,8 @@ class SendingHalf:
         self._on_key_change = on_key_change
         self._clock = clock
         self._lock = threading.Lock()
-        self._owed: deque[SendMessage | UpdateTxKey] = deque()
+        #: A list, not a deque, which takes 600 bytes empty; it never has more than a handful.
+        self._owed: list[SendMessage | UpdateTxKey] = []
         self._meter = Meter(connection.limits, clock)
         #: A network error, or the end of the key: raised by every further ``send``.
         self._error: OSError | None = None
@@ -97,14 +108,27 @@ class SendingHalf:
             self._released()
         return sent
 
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """Send ``buffers``, none of them empty, as if they were one piece; return how many bytes were accepted. Raises as ``send``."""
+        sender = self._sender
+        return self._send_at_most(
+            lambda allowance: sender.send_vector(_beginning(buffers, allowance), flags), flags
+        )
+
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; return how many were accepted, 0 at the end of the file. Raises as ``send``."""
+        sender = self._sender
+        return self._send_at_most(
+            lambda allowance: sender.sendfile(fd, offset, min(count, allowance)), 0
+        )
+
+    def _send_at_most(self, attempt: Callable[[int], int], flags: int) -> int:
+        """Let ``attempt`` send up to as many bytes as it is told, and count them. As ``send``, which does without the extra call."""
         try:
             with self._lock:
-                self._prepare_data(0)
-                allowance = self._meter.allowance(self._sender.max_fragment)
+                self._prepare_data(flags)
                 try:
-                    sent = self._sender.sendfile(fd, offset, min(count, allowance))
+                    sent = attempt(self._meter.allowance(self._sender.max_fragment))
                 except OSError as error:
                     self._failed(error)
                     raise
@@ -233,7 +257,7 @@ class SendingHalf:
             except OSError as error:
                 self._failed(error)
                 raise
-            owed.popleft()
+            del owed[0]
             if isinstance(item, UpdateTxKey):
                 self._installed(item)
 
@@ -256,7 +280,7 @@ class SendingHalf:
             self._connection.tx_key_installed(item.generation)
         self._meter.key_changed()
         if self._on_key_change is not None:
-            self._on_key_change()
+            self._on_key_change(Direction.TX, item.cause)
 
     def network_failed(self, error: OSError) -> None:
         """Note that the receiving half found the network gone."""

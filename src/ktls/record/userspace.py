@@ -72,6 +72,10 @@ class UserspaceSender:
         self._push(b"".join(records), flags)
         return len(accepted)
 
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """See ``RecordSender``."""
+        return self.send(b"".join(buffers), flags)
+
     def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:
         """See ``RecordSender``."""
         self.flush(flags)

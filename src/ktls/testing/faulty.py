@@ -74,6 +74,11 @@ class FaultySender(_Faulty):
         self._begin("send")
         return self.inner.send(data, flags)
 
+    def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
+        """See ``RecordSender``."""
+        self._begin("send_vector")
+        return self.inner.send_vector(buffers, flags)
+
     def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:
         """See ``RecordSender``."""
         self._begin("send_record")

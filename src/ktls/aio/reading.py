@@ -1,0 +1,239 @@
+"""The receiving side of the asyncio transport.
+
+Theory of operation
+-------------------
+A level-triggered loop calls us when the socket is readable, and that is all that plain TCP needs. Kernel TLS breaks it in two places (measured on Linux 7.2):
+
+- The kernel may have *decrypted* a KeyUpdate while it filled our buffer with the data in front of it. From then on it opens no further record, and ``poll`` is silent, until
+  ``TLS_RX`` is set again: who reads once per event waits for ever. So after a read that left room in the buffer we read again: that is the one system
+  call more than plain TCP, and it ends with "nothing there" (or with the hidden record, which the driver handles). A read that filled the buffer can't have looked ahead.
+- A record that can't be opened keeps the socket readable for ever, with the same error. So the first fatal error ends the reading for good.
+
+Layers in this process read ahead: what they hold is not shown by ``poll`` either, and the same second read gets it.
+
+Plain text goes through one buffer for all connections of a loop; an idle connection owns none. ``BufferedProtocol`` gets it in its own buffer, uncopied.
+
+Reading stops (the loop is not asked any more) while the protocol has it paused, and after the end of the stream. ``resume_reading`` always looks at once: what ``poll`` hid before the pause, it hides
+after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from ktls.protocol.errors import TruncatedError
+
+if TYPE_CHECKING:
+    import socket
+
+    from ktls.handshake.handoff import RecordDriver
+
+__all__ = ("ReadingTransport", "shared_buffer")
+
+#: As asyncio's own transports (``max_size``): sixteen full records in one system call.
+_BUFFER_SIZE: Final = 256 * 1024
+#: Reads of one event, at most; the others get their turn, and we come back.
+_MAX_READS: Final = 16
+
+_buffers: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def shared_buffer(loop: asyncio.AbstractEventLoop) -> memoryview:
+    """Return the buffer that all connections of ``loop`` read into; what it holds is to be copied out before anything else runs."""
+    buffer = _buffers.get(loop)
+    if buffer is None:
+        buffer = _buffers[loop] = memoryview(bytearray(_BUFFER_SIZE))
+    return buffer
+
+
+class ReadingTransport(asyncio.transports._FlowControlMixin):
+    """A transport that reads. What happens to errors, and to the connection at its end, is its subclass's.
+
+    The base class is asyncio's own flow control of writing: the same rules, by the same code.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_buffered",
+        "_closing",
+        "_driver",
+        "_ended",
+        "_fd",
+        "_paused",
+        "_protocol",
+        "_reading",
+        "_shared",
+        "_sock",
+    )
+
+    if TYPE_CHECKING:  # of the base class; typeshed leaves them out
+
+        def _maybe_pause_protocol(self) -> None: ...
+
+        def _maybe_resume_protocol(self) -> None: ...
+
+    _loop: asyncio.AbstractEventLoop
+    _driver: RecordDriver
+    _sock: socket.socket
+    _protocol: Any
+
+    def _init_reading(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, driver: RecordDriver
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._driver = driver
+        self._shared = shared_buffer(loop)
+        #: Whether the loop watches the socket for us.
+        self._reading = False
+        #: Whether the protocol wants no data for now.
+        self._paused = False
+        #: Whether there is nothing more to read: the end of the stream, or an error.
+        self._ended = False
+        #: ``close`` was called, or something else has begun to end the connection.
+        self._closing = False
+
+    # --- what the protocol calls -------------------------------------------------------------------------------
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Set another protocol; from the next event on it gets what comes."""
+        self._protocol = protocol
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol; None once ``connection_lost`` was called."""
+        protocol: asyncio.BaseProtocol = self._protocol
+        return protocol
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or about to be."""
+        return self._closing
+
+    def is_reading(self) -> bool:
+        """Whether the protocol gets data as it comes."""
+        return not (self._paused or self._closing or self._ended)
+
+    def pause_reading(self) -> None:
+        """Deliver no more data for now. TCP's window then holds the peer back."""
+        if not self.is_reading():
+            return
+        self._paused = True
+        self._stop_reading()
+
+    def resume_reading(self) -> None:
+        """Deliver data again."""
+        if self._closing or not self._paused:
+            return
+        self._paused = False
+        self._start_reading()
+
+    # --- the events --------------------------------------------------------------------------------------------
+
+    def _start_reading(self) -> None:
+        """Watch the socket, and look at once: the loop can't see what a layer holds, nor what the kernel hides."""
+        if not (self._reading or self._paused or self._ended):
+            self._reading = True
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._loop.call_soon(self._look_again)
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def _look_again(self) -> None:
+        if self._reading and not self._closing:
+            self._on_readable()
+
+    def _on_readable(self) -> None:
+        """Read and deliver until nothing is there. See the theory above."""
+        for _ in range(_MAX_READS):
+            buffer = self._get_buffer() if self._buffered else self._shared
+            if buffer is None:
+                return
+            try:
+                count = self._driver.recv_into(buffer)
+            except BlockingIOError:
+                break
+            except TruncatedError as error:
+                self._end_of_stream(error)
+                return
+            except OSError as error:
+                self._read_failed(error)
+                return
+            if not count:
+                self._end_of_stream(None)
+                return
+            full = count == len(buffer)
+            self._deliver(count)
+            if self._paused or self._closing:
+                return
+            if full and not self._driver.pending():
+                break
+        else:
+            self._loop.call_soon(self._look_again)
+        if self._driver.owes:
+            self._wait_for_room()
+
+    def _deliver(self, count: int) -> None:
+        try:
+            if self._buffered:
+                self._protocol.buffer_updated(count)
+            else:
+                self._protocol.data_received(bytes(self._shared[:count]))
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            name = "buffer_updated" if self._buffered else "data_received"
+            self._fatal_error(error, f"Fatal error: protocol.{name}() call failed.")
+
+    def _get_buffer(self) -> memoryview | None:
+        """Return the protocol's buffer, or None if that was its end."""
+        try:
+            buffer = self._protocol.get_buffer(-1)
+            if not len(buffer):
+                raise RuntimeError("get_buffer() returned an empty buffer")
+            return memoryview(buffer).cast("B")
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fatal_error(error, "Fatal error: protocol.get_buffer() call failed.")
+            return None
+
+    def _end_of_stream(self, truncation: TruncatedError | None) -> None:
+        """The peer's close_notify came, or TCP ended without one (``truncation``)."""
+        self._ended = True
+        self._stop_reading()
+        if self._refuse_truncation(truncation):
+            return
+        try:
+            keep_open = self._protocol.eof_received()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fatal_error(error, "Fatal error: protocol.eof_received() call failed.")
+            return
+        # In TLS 1.2 close_notify has closed both directions (RFC 5246 §7.2.1).
+        if not keep_open or not self.can_write_eof():
+            self.close()
+
+    # --- the subclass's ----------------------------------------------------------------------------------------
+
+    def _refuse_truncation(self, truncation: TruncatedError | None) -> bool:
+        """End the connection if a stream without close_notify is not to be taken for a whole one; return whether that is so."""
+        raise NotImplementedError
+
+    def _read_failed(self, error: OSError) -> None:
+        raise NotImplementedError
+
+    def _wait_for_room(self) -> None:
+        """Have what the driver owes sent as soon as TCP has room."""
+        raise NotImplementedError
+
+    def _fatal_error(self, error: BaseException, message: str) -> None:
+        raise NotImplementedError
