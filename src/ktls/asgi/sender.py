@@ -138,7 +138,7 @@ class FileSender:
         if cycle.disconnected:
             return False
         if self._cork.is_closing():
-            self._leave()
+            cycle.disconnected = True
             return False
         if cycle.scope["method"] == "HEAD":
             await self._send_body(b"", more_body=message.get("more_body", False))
@@ -173,14 +173,16 @@ class FileSender:
             sent = await move(self._cork.transport, self._cycle.flow, fd, offset, count)
         except BaseException as error:
             left = self._cycle.disconnected or self._cork.is_closing() or _is_network_error(error)
-            self._leave()
+            self._cut()
             if left and isinstance(error, Exception):
                 return 0
             raise
-        if self._cycle.disconnected or self._cork.is_closing():
-            self._leave()
+        if self._cork.is_closing():
+            self._cycle.disconnected = (
+                True  # and what has been sent gets the time that closing takes
+            )
         elif sent < count:
-            self._leave()
+            self._cut()
             raise RuntimeError(
                 "Response content shorter than Content-Length"
                 if self.allowance() is not None
@@ -194,8 +196,8 @@ class FileSender:
     async def _send_body(self, body: bytes, *, more_body: bool) -> None:
         await self.send({"type": "http.response.body", "body": body, "more_body": more_body})
 
-    def _leave(self) -> None:
-        """Give the connection up: nothing that is sent from now on may reach the client."""
+    def _cut(self) -> None:
+        """Give the connection up: nothing may look like an end, and nothing that is sent from now on may reach the client."""
         self._cycle.disconnected = True
         self._cork.abort()
 
