@@ -8,6 +8,7 @@ connection is a ``BrokenResourceError`` with the reason as its cause; there is n
 
     opening     from a transport to the end of the handshake
     attributes  what a stream tells about itself
+    waiting     how a stream waits: start reading here
     stream      the stream
     listening   listeners, and ``connect_tcp``
 """

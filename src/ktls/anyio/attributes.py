@@ -27,11 +27,9 @@ class KTLSAttribute(anyio.TypedAttributeSet):
     key_usage: KeyUsage = anyio.typed_attribute()
 
 
-def attributes_of(
-    opened: Opened, peer_address: Any, standard_compatible: bool
-) -> Mapping[Any, Callable[[], Any]]:
+def attributes_of(opened: Opened, standard_compatible: bool) -> Mapping[Any, Callable[[], Any]]:
     """Return the extra attributes of a connection."""
-    sock, facts = opened.sock, opened.facts
+    sock, facts, peer_address = opened.sock, opened.facts, opened.peer_address
     attributes: dict[Any, Callable[[], Any]] = {
         SocketAttribute.family: lambda: sock.family,
         SocketAttribute.local_address: lambda: _address(sock.getsockname()),

@@ -16,7 +16,7 @@ import os
 import socket
 import ssl
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
@@ -59,6 +59,7 @@ class Opened:
     driver: RecordDriver
     facts: Facts
     established: Established
+    peer_address: Any
 
     @property
     def offload(self) -> Offload:
@@ -85,7 +86,7 @@ async def take_over(transport: SocketStream | socket.socket) -> tuple[socket.soc
         await checkpoint()  # what was just sent may still be with the event loop
         try:
             fd = os.dup(transport.extra(SocketAttribute.raw_socket).fileno())
-        except OSError:
+        except (OSError, AttributeError):  # closed; uvloop's transport then has no socket
             raise ClosedResourceError from None
         sock = socket.socket(fileno=fd)
         try:
@@ -201,7 +202,7 @@ class Opening:
         if cache is not None and key is not None and result.tickets is not None:
             result.tickets.subscribe(functools.partial(cache.store, key))
         facts = Facts(established, server_side=self._server_side, server_hostname=self._hostname)
-        return Opened(self._sock, driver, facts, established)
+        return Opened(self._sock, driver, facts, established, self._sock.getpeername())
 
     def _session_key(self) -> SessionKey | None:
         if self._server_side or not self._hostname or self._sock.family not in _INTERNET:

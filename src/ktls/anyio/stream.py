@@ -2,16 +2,7 @@
 
 Theory of operation
 -------------------
-Everything is tried first and waited for afterwards, with ``anyio.wait_readable`` and ``wait_writable``, which both backends have. That order is not a matter of speed: ``poll`` does not
-show a KeyUpdate that the kernel has decrypted ahead, so who waits first waits for ever. A read that says "would block" has met all that had come.
-
-Who waits for what:
-
-- One task reads and one task writes, at most (``BusyResourceError``).
-- Either may find something to send that is not the application's: the answer to a KeyUpdate, an alert. If TCP has no room for it the driver owes it, and the task that reads waits for room as well.
-  So two tasks may wait for room, and anyio allows one for each descriptor: the second waits for the first, which wakes it however its own wait ends.
-- A task that sends for long, or that waits for room while nobody reads, looks for control records in between (``settle``): the peer's KeyUpdate is answered, its alert ends the
-  sending. But not while another task waits for something to read: ``settle`` may take bytes from TCP, and that task would not hear of them.
+How it waits is in ``waiting``.
 
 Cancellation never tears a record or a change of keys: the driver's steps do not wait, and what they have left to do is done by the next call. It may tear an *item* of ``send`` in two.
 Then nobody knows how much of it will arrive, and a close_notify would tell the peer that it has got everything. So the sending side is broken from there on, and ``aclose`` ends TCP
@@ -22,6 +13,7 @@ What this module does not do: threads. A stream belongs to its event loop.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -30,13 +22,13 @@ import select
 import socket
 import ssl
 import stat
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, TypeVar, final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
 
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
 from anyio.abc import ByteStream, SocketStream
-from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from ktls.closing import drop_unread, try_finish
 from ktls.context import create_default_context
@@ -47,10 +39,9 @@ from ktls.settings import Settings, settings_of
 
 from .attributes import attributes_of
 from .opening import Opened, Opening, take_over
+from .waiting import WaitingStream
 
 __all__ = ("KTLSStream",)
-
-_T = TypeVar("_T")
 
 #: ``receive(n)`` allocates n bytes while it tries; more than this at once only costs memory.
 _MAX_RECEIVE: Final = 256 * 1024
@@ -62,7 +53,7 @@ _LAST_TICK: Final = 0.05
 
 
 @final
-class KTLSStream(ByteStream):
+class KTLSStream(WaitingStream, ByteStream):
     """A TLS connection over TCP, protected by the kernel where it can. Made by ``wrap``, ``connect_tcp`` or a ``KTLSListener``.
 
     Extra attributes: all of ``SocketAttribute``, all of ``KTLSAttribute``, and all of ``TLSAttribute`` but ``shared_ciphers``. ``TLSAttribute.ssl_object`` is no ``ssl.SSLObject``, but
@@ -71,24 +62,15 @@ class KTLSStream(ByteStream):
 
     def __init__(self, opened: Opened, settings: Settings, *, standard_compatible: bool) -> None:
         """Not for applications: use ``wrap``."""
+        super().__init__(opened.sock, opened.driver)
         self._opened = opened
-        self._sock = opened.sock
-        self._driver = opened.driver
         self._settings = settings
         self._standard_compatible = standard_compatible
-        self._peer_address = opened.sock.getpeername()
         self._receiving = ResourceGuard("reading from")
         self._sending = ResourceGuard("writing to")
-        #: Set while a task waits for room; it tells the others when its wait has ended.
-        self._room: anyio.Event | None = None
-        #: Whether a task waits for something to read.
-        self._awaits_data = False
         #: Whether a part of an item was sent, and the rest was not.
         self._torn = False
         self._said_eof = False
-        self._closed = False
-        #: The first error that ended the connection, for the observer.
-        self._error: OSError | None = None
 
     @classmethod
     async def wrap(
@@ -104,7 +86,7 @@ class KTLSStream(ByteStream):
         """Shake hands over a connection, and take it over: ``transport_stream`` is closed (a socket: detached), whatever comes of it.
 
         ``server_side`` is True if left out without a ``hostname``; ``ssl_context`` is ``ktls.create_default_context()`` if left out. ``standard_compatible=False``: the end of TCP
-        is the end of the stream, with or without close_notify. ``settings`` says what a plain context can't.
+        is the end of the stream, with or without close_notify (ours is sent in any case). ``settings`` says what a plain context can't.
 
         Raises ``TypeError`` for a transport that is no plain TCP connection, or a foreign context; ``ssl.SSLError`` if the handshake fails, ``BrokenResourceError`` if the
         connection ends in it. Cancelled, or after an error, the connection is closed.
@@ -124,89 +106,13 @@ class KTLSStream(ByteStream):
             opened = await opening.run(early)
             return cls(opened, settings, standard_compatible=standard_compatible)
         except BaseException:
+            drop_unread(sock)  # so that an alert gets through
             sock.close()
             raise
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else str(self._opened.offload)
         return f"<ktls.anyio.KTLSStream fd={self._sock.fileno()} {self._opened.facts.version()} {state}>"
-
-    # --- trying and waiting ------------------------------------------------------------------------------------
-
-    async def _attempt(
-        self, operation: Callable[[], _T], wait: Callable[[], Awaitable[None]]
-    ) -> _T:
-        """Try ``operation``; while it would block, wait and try again. A checkpoint in any case, but none that could be cancelled once it was done."""
-        await checkpoint_if_cancelled()
-        waited = False
-        while True:
-            self._check_open()
-            try:
-                result = operation()
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise self._broken(error) from error
-            else:
-                if not waited:
-                    await cancel_shielded_checkpoint()
-                return result
-            await wait()
-            waited = True
-
-    def _broken(self, error: OSError) -> BrokenResourceError:
-        self._error = self._error or error
-        return BrokenResourceError()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedResourceError
-
-    async def _wait_readable(self) -> None:
-        self._awaits_data = True
-        try:
-            if self._driver.owes:
-                await self._wait_for_either()
-            else:
-                await anyio.wait_readable(self._sock)
-        finally:
-            self._awaits_data = False
-
-    async def _wait_for_either(self) -> None:
-        """Wait for something to read, or for room to send what is owed, and send it. The caller looks whether the stream was closed meanwhile."""
-
-        async def push() -> None:
-            try:
-                await self._wait_writable()
-                self._driver.run_owed()
-            except ClosedResourceError:
-                pass
-            group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(push)
-            try:
-                await anyio.wait_readable(self._sock)
-            except ClosedResourceError:
-                pass
-            group.cancel_scope.cancel()
-
-    async def _wait_writable(self) -> None:
-        if self._room is not None:
-            await self._room.wait()
-            return
-        self._room = anyio.Event()
-        try:
-            await anyio.wait_writable(self._sock)
-        finally:
-            self._room.set()
-            self._room = None
-        self._settle()
-
-    def _settle(self) -> None:
-        """Handle control records that have come, if nobody else is about to."""
-        if not self._awaits_data and not self._closed:
-            self._driver.settle(read_ahead=True)
 
     # --- receiving ---------------------------------------------------------------------------------------------
 
@@ -256,10 +162,12 @@ class KTLSStream(ByteStream):
         if not view:
             await checkpoint()
         while view:
-            send = functools.partial(self._driver.send, view)
-            view = view[await self._attempt(send, self._wait_writable) :]
+            view = view[await self._send_some(view) :]
             self._torn = len(view) > 0
             await self._push_out(last=not view)
+
+    async def _send_some(self, view: memoryview) -> int:
+        return await self._attempt(functools.partial(self._driver.send, view), self._wait_writable)
 
     async def _push_out(self, *, last: bool) -> None:
         """After each piece that was accepted: get it out of this process (kernel TLS never has it there), and see to what has come meanwhile."""
@@ -312,6 +220,8 @@ class KTLSStream(ByteStream):
 
     def _push_owed(self) -> None:
         self._driver.run_owed()
+        if self._driver.unsent:
+            self._driver.flush()  # reports an error that lasts, which the other does not
         if self._driver.owes:
             raise BlockingIOError(errno.EAGAIN, "commands are still owed")
 
@@ -351,7 +261,7 @@ class KTLSStream(ByteStream):
                 if not sent:
                     break
                 total += sent
-                self._torn = True
+                self._torn = total != count
                 await self._push_out(last=False)
             self._torn = False
         finally:
@@ -362,18 +272,26 @@ class KTLSStream(ByteStream):
     async def _copy(self, file: Any, offset: int, count: int | None) -> int:
         if offset:
             file.seek(offset)
-        total = 0
-        while count is None or total < count:
-            size = _COPY_SIZE if count is None else min(_COPY_SIZE, count - total)
-            data = await anyio.to_thread.run_sync(file.read, size)
-            if not data:
-                break
-            self._torn = total > 0
-            await self._send(memoryview(data))
-            total += len(data)
-            self._torn = True
-        self._torn = False
-        return total
+        read = sent = 0
+        try:
+            while count is None or read < count:
+                size = _COPY_SIZE if count is None else min(_COPY_SIZE, count - read)
+                view = memoryview(await anyio.to_thread.run_sync(file.read, size))
+                if not view:
+                    break
+                read += len(view)
+                while view:
+                    accepted = await self._send_some(view)
+                    sent += accepted
+                    view = view[accepted:]
+                    self._torn = True
+                    await self._push_out(last=False)
+            self._torn = False
+        except BaseException:
+            with contextlib.suppress(OSError, TypeError):  # where that can't be done
+                file.seek(sent - read, os.SEEK_CUR)
+            raise
+        return sent
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -400,8 +318,8 @@ class KTLSStream(ByteStream):
         with anyio.move_on_after(timeout) as scope:
             try:
                 await self._deliver()
-            except OSError as error:  # the peer has gone: that is what closing is for
-                self._error = self._error or error
+            except OSError:
+                pass  # the peer has gone: that is what closing is for
         if scope.cancelled_caught:
             self._error = TimeoutError(
                 errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
@@ -434,7 +352,7 @@ class KTLSStream(ByteStream):
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         """See the class."""
-        return attributes_of(self._opened, self._peer_address, self._standard_compatible)
+        return attributes_of(self._opened, self._standard_compatible)
 
 
 def _regular(file: Any) -> int | None:

@@ -1,0 +1,424 @@
+"""Handshakes, listeners and what a stream tells about itself, on every backend."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+from typing import Any
+
+import anyio
+import pytest
+from anyio import BrokenResourceError, ClosedResourceError
+from anyio.abc import SocketAttribute, SocketStream
+from anyio.streams.tls import TLSAttribute, TLSStream
+
+import ktls
+import ktls.anyio
+from ktls.anyio import KTLSAttribute, KTLSListener, KTLSStream
+
+from ..sockets.helpers import Case, Net, descriptors, pattern, read_exactly
+from ..support import HOST, TLS12, TLS13
+from .helpers import Backend, connect, receive_all, receive_exactly, result, until
+
+
+async def echo(stream: KTLSStream) -> None:
+    """Send back everything until the end."""
+    async with stream:
+        try:
+            while True:
+                await stream.send(await stream.receive())
+        except anyio.EndOfStream:
+            pass
+
+
+def port_of(listener: KTLSListener) -> int:
+    port: int = listener.extra(SocketAttribute.local_port)
+    return port
+
+
+# --- handshakes ------------------------------------------------------------------------------------------------------
+
+
+def test_over_a_stream_of_anyio(net: Net, backend: Backend, case: Case) -> None:
+    async def main() -> None:
+        client, server = net.tcp()
+        mine, their = (client, server) if case.role == "client" else (server, client)
+        their_role: Any = "server" if case.role == "client" else "client"
+        theirs = net.spawn(
+            net.context(case.peer, their_role, case.version).wrap_socket,
+            their,
+            server_side=their_role == "server",
+            server_hostname=HOST if their_role == "client" else None,
+        )
+        plain = await SocketStream.from_socket(mine)
+        context = net.context("ktls", case.role, case.version)
+        context.offload = case.offload
+        tls = await KTLSStream.wrap(
+            plain, hostname=HOST if case.role == "client" else None, ssl_context=context
+        )
+        peer = net.keep(await result(theirs))
+        offload = tls.extra(KTLSAttribute.offload)
+        assert (offload.tx, offload.rx) == (case.tx_layer, case.rx_layer)
+        peer.sendall(b"hello")
+        assert await tls.receive() == b"hello"
+        await tls.send(b"hello yourself")
+        assert peer.recv(100) == b"hello yourself"
+        with pytest.raises(ClosedResourceError):
+            await plain.receive()
+        await tls.aclose()
+
+    backend.run(main)
+
+
+def test_what_the_stream_had_read_already(net: Net, backend: Backend) -> None:
+    """STARTTLS by a client that does not wait: the ClientHello is in the stream's buffer by then."""
+
+    async def main() -> None:
+        client, server = net.tcp()
+        client.sendall(b"!")
+        theirs = net.spawn(
+            net.context("stdlib", "client").wrap_socket, client, server_hostname=HOST
+        )
+        await until(lambda: len(server.recv(4096, socket.MSG_PEEK)) > 200)
+        plain = await SocketStream.from_socket(server)
+        assert await plain.receive(1) == b"!"
+        tls = await KTLSStream.wrap(plain, ssl_context=net.context("ktls", "server"))
+        peer = net.keep(await result(theirs))
+        await tls.send(b"hello")
+        assert peer.recv(100) == b"hello"
+        await tls.aclose()
+
+    backend.run(main)
+
+
+def test_transports_that_will_not_do(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        client, server = net.tcp()
+        theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
+        plain = await SocketStream.from_socket(client)
+        tls = await TLSStream.wrap(
+            plain, hostname=HOST, ssl_context=net.context("stdlib", "client")
+        )
+        net.keep(await result(theirs))
+        context = net.context("ktls", "client")
+        unfit: Any = tls
+        with pytest.raises(TypeError, match="TLSStream"):
+            await KTLSStream.wrap(unfit, hostname=HOST, ssl_context=context)
+        await anyio.aclose_forcefully(tls)
+        with pytest.raises(ClosedResourceError):
+            await KTLSStream.wrap(plain, hostname=HOST, ssl_context=context)
+
+    backend.run(main)
+
+
+def test_a_certificate_that_is_not_trusted(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        before = descriptors()
+        client, server = net.tcp()
+        theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await KTLSStream.wrap(client, hostname=HOST)
+        assert isinstance(await anyio.to_thread.run_sync(theirs.exception), ssl.SSLError)
+        server.close()
+        await until(lambda: descriptors() <= before)
+
+    backend.run(main)
+
+
+def test_the_peer_goes_during_the_handshake(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        for how in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            client, server = net.tcp()
+            server.sendall(how)
+            server.shutdown(socket.SHUT_WR)
+            with pytest.raises(BrokenResourceError) as caught:
+                await KTLSStream.wrap(
+                    client, hostname=HOST, ssl_context=net.context("ktls", "client")
+                )
+            assert isinstance(caught.value.__cause__, ssl.SSLEOFError)
+            assert client.fileno() == -1
+
+    backend.run(main)
+
+
+def test_a_handshake_that_is_cancelled(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        context = net.context("ktls", "client")
+        before = descriptors()
+        client, server = net.tcp()
+        async with anyio.create_task_group() as group:
+
+            async def shake_hands() -> None:
+                await KTLSStream.wrap(client, hostname=HOST, ssl_context=context)
+
+            group.start_soon(shake_hands)
+            await anyio.wait_all_tasks_blocked()
+            assert len(server.recv(4096)) > 100
+            group.cancel_scope.cancel()
+        assert server.recv(1) == b""
+        server.close()
+        await until(lambda: descriptors() <= before)
+
+    backend.run(main)
+
+
+def test_what_a_plain_context_can_not_say(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        client, server = net.tcp()
+        theirs = net.spawn(net.context("stdlib", "server").wrap_socket, server, server_side=True)
+        tls = await KTLSStream.wrap(
+            client,
+            hostname=HOST,
+            ssl_context=net.context("stdlib", "client"),
+            settings=ktls.Settings(offload="userspace"),
+        )
+        net.keep(await result(theirs))
+        assert tls.extra(KTLSAttribute.offload).reason == "user space was asked for"
+        await tls.aclose()
+
+    backend.run(main)
+
+
+# --- connect_tcp, listeners ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("standard_compatible", [True, False])
+def test_our_own_both_ends(net: Net, backend: Backend, standard_compatible: bool) -> None:
+    data = pattern(1_000_000)
+
+    async def main() -> None:
+        listener = await ktls.anyio.create_tcp_listener(
+            local_host="127.0.0.1",
+            ssl_context=net.context("ktls", "server"),
+            standard_compatible=standard_compatible,
+        )
+        assert listener.extra(TLSAttribute.standard_compatible) is standard_compatible
+
+        async def client() -> None:
+            stream = await ktls.anyio.connect_tcp(
+                "127.0.0.1",
+                port_of(listener),
+                ssl_context=net.context("ktls", "client"),
+                tls_hostname=HOST,
+                tls_standard_compatible=standard_compatible,
+            )
+            assert stream.extra(TLSAttribute.standard_compatible) is standard_compatible
+            async with stream, anyio.create_task_group() as sending:
+                sending.start_soon(stream.send, data)
+                assert await receive_exactly(stream, len(data)) == data
+                await stream.send_eof()
+                assert await receive_all(stream) == b""
+
+        async with listener, anyio.create_task_group() as serving:
+            serving.start_soon(listener.serve, echo)
+            async with anyio.create_task_group() as clients:
+                for _ in range(5):
+                    clients.start_soon(client)
+            serving.cancel_scope.cancel()
+
+    backend.run(main)
+
+
+def test_no_connection(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        context = net.context("ktls", "client")
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            port = gone.getsockname()[1]
+
+        async def fail() -> None:
+            with pytest.raises(OSError, match="connection attempts failed"):
+                await ktls.anyio.connect_tcp("127.0.0.1", port, ssl_context=context)
+
+        await fail()  # what event loops open once
+        before = descriptors()
+        await fail()
+        await until(lambda: descriptors() <= before)
+
+    backend.run(main)
+
+
+def test_a_listener_outlives_bad_handshakes(
+    net: Net, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nonsense(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            return sock.recv(100)
+
+    def silence(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+            return sock.recv(100)
+
+    def question(port: int) -> bytes:
+        context = net.context("stdlib", "client")
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=20) as sock,
+            context.wrap_socket(sock, server_hostname=HOST) as tls,
+        ):
+            tls.sendall(b"question")
+            return read_exactly(tls, len(b"question"))
+
+    async def main() -> None:
+        plain = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        listener = KTLSListener(
+            plain, net.context("stdlib", "server"), standard_compatible=False, handshake_timeout=0.5
+        )
+        async with listener, anyio.create_task_group() as serving:
+            serving.start_soon(listener.serve, echo)
+            port = port_of(listener)
+            quiet = net.spawn(silence, port)
+            assert (await result(net.spawn(nonsense, port))) == b""
+            assert await result(net.spawn(question, port)) == b"question"
+            assert await result(quiet) == b""
+            await until(lambda: len(caplog.records) == 2)
+            assert await result(net.spawn(question, port)) == b"question"
+            serving.cancel_scope.cancel()
+
+    with caplog.at_level(logging.ERROR, logger="ktls.anyio"):
+        backend.run(main)
+    assert {record.getMessage() for record in caplog.records} == {"Error during TLS handshake"}
+    kinds = {record.exc_info[0] for record in caplog.records if record.exc_info}
+    assert TimeoutError in kinds
+    assert any(kind is not None and issubclass(kind, ssl.SSLError) for kind in kinds)
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def test_attributes(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        for case in (Case(role="client"), Case(role="server"), Case(version=TLS12)):
+            link = await connect(net, case)
+            ours, theirs = link.ours, link.theirs
+            assert ours.extra(SocketAttribute.family) == socket.AF_INET
+            assert ours.extra(SocketAttribute.local_address) == theirs.getpeername()
+            assert ours.extra(SocketAttribute.remote_address) == theirs.getsockname()
+            assert ours.extra(SocketAttribute.local_port) == theirs.getpeername()[1]
+            assert ours.extra(SocketAttribute.remote_port) == theirs.getsockname()[1]
+            assert ours.extra(SocketAttribute.raw_socket).fileno() >= 0
+            assert ours.extra(TLSAttribute.tls_version) == theirs.version()
+            assert ours.extra(TLSAttribute.cipher) == theirs.cipher()
+            assert ours.extra(TLSAttribute.alpn_protocol) is None
+            assert ours.extra(TLSAttribute.server_side) is (case.role == "server")
+            assert ours.extra(TLSAttribute.standard_compatible) is True
+            assert ours.extra(TLSAttribute.ssl_object).version() == theirs.version()
+            if case.role == "client":
+                certificate = ours.extra(TLSAttribute.peer_certificate)
+                assert certificate is not None
+                assert ("DNS", HOST) in certificate["subjectAltName"]
+                assert ours.extra(TLSAttribute.peer_certificate_binary)
+            else:
+                assert ours.extra(TLSAttribute.peer_certificate) is None
+            if case.version is TLS12:
+                unique = theirs.get_channel_binding("tls-unique")
+                assert ours.extra(TLSAttribute.channel_binding_tls_unique) == unique
+            assert ours.extra(KTLSAttribute.key_usage).tx.generation == 0
+            assert ours.extra(TLSAttribute.shared_ciphers, "left out") == "left out"
+            await ours.aclose()
+
+    backend.run(main)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6 here")
+def test_addresses_of_ipv6(net: Net, backend: Backend) -> None:
+    async def main() -> None:
+        listener = await ktls.anyio.create_tcp_listener(
+            local_host="::1", ssl_context=net.context("ktls", "server")
+        )
+        async with listener, anyio.create_task_group() as serving:
+            serving.start_soon(listener.serve, echo)
+            stream = await ktls.anyio.connect_tcp(
+                "::1",
+                port_of(listener),
+                ssl_context=net.context("ktls", "client"),
+                tls_hostname=HOST,
+            )
+            async with stream:
+                assert stream.extra(SocketAttribute.remote_address) == ("::1", port_of(listener))
+            serving.cancel_scope.cancel()
+
+    backend.run(main)
+
+
+@pytest.mark.parametrize("version", [TLS12, TLS13])
+def test_sessions_are_resumed(net: Net, backend: Backend, version: ssl.TLSVersion) -> None:
+    async def main() -> None:
+        listener = await ktls.anyio.create_tcp_listener(
+            local_host="127.0.0.1", ssl_context=net.context("stdlib", "server", version)
+        )
+        reused = []
+        async with listener, anyio.create_task_group() as serving:
+            serving.start_soon(listener.serve, echo)
+            for _ in range(2):
+                stream = await ktls.anyio.connect_tcp(
+                    "127.0.0.1",
+                    port_of(listener),
+                    ssl_context=net.context("ktls", "client", version),
+                    tls_hostname=HOST,
+                )
+                async with stream:
+                    await stream.send(b"x")
+                    await stream.receive()
+                    facts: Any = stream.extra(TLSAttribute.ssl_object)
+                    reused.append(facts.session_reused)
+            serving.cancel_scope.cancel()
+        assert reused == [False, True]
+
+    backend.run(main)
+
+
+class Watcher:
+    """An observer that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def handshake_completed(
+        self, version: str, cipher: str, session_reused: bool, offload: ktls.Offload
+    ) -> None:
+        self.heard.append(f"completed {version}")
+
+    def handshake_failed(self, error: BaseException) -> None:
+        self.heard.append(f"failed {type(error).__name__}")
+
+    def key_changed(self, direction: Any, cause: Any) -> None:
+        self.heard.append(f"key {direction.name} {cause.name}")
+
+    def connection_ended(self, offload: ktls.Offload, error: BaseException | None) -> None:
+        self.heard.append(f"ended {type(error).__name__}")
+
+
+def test_observer(net: Net, backend: Backend) -> None:
+    watcher = Watcher()
+    settings = ktls.Settings(observer=watcher, offload="userspace")
+
+    async def main() -> None:
+        link = await connect(net, Case(offload="userspace"), settings=settings)
+        await link.ours.refresh_traffic_keys()
+        await link.ours.aclose()
+        link = await connect(net, Case(offload="userspace"), settings=settings)
+        socket.socket.shutdown(link.theirs, socket.SHUT_WR)
+        with pytest.raises(BrokenResourceError):
+            await link.ours.receive()
+        await link.ours.aclose()
+        client, server = net.tcp()
+        server.close()
+        with pytest.raises(BrokenResourceError):
+            await KTLSStream.wrap(
+                client,
+                hostname=HOST,
+                ssl_context=net.context("ktls", "client"),
+                settings=settings,
+            )
+
+    backend.run(main)
+    assert watcher.heard[:5] == [
+        "completed TLSv1.3",
+        "key TX APPLICATION",
+        "ended NoneType",
+        "completed TLSv1.3",
+        "ended TruncatedError",
+    ]
+    assert len(watcher.heard) == 6
+    assert watcher.heard[5] in ("failed SSLEOFError", "failed ConnectionResetError")
