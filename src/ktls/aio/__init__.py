@@ -10,13 +10,21 @@ from __future__ import annotations
 
 from .api import connect_accepted_socket, create_connection, create_server, start_tls
 from .established import KTLSObject
-from .loops import KTLSEventLoopPolicy, install, new_event_loop, new_uvloop_event_loop, run
+from .loops import (
+    KTLSEventLoop,
+    KTLSEventLoopPolicy,
+    install,
+    new_event_loop,
+    new_uvloop_event_loop,
+    run,
+)
 from .sendfile import sendfile
 from .server import Server
 from .streams import open_connection, start_server
 from .transport import KTLSTransport
 
 __all__ = (
+    "KTLSEventLoop",
     "KTLSEventLoopPolicy",
     "KTLSObject",
     "KTLSTransport",

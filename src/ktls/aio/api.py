@@ -20,7 +20,6 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from ktls.context import create_default_context
 from ktls.handshake.engine import engine_for
 from ktls.settings import Settings, settings_of
 
@@ -45,6 +44,11 @@ _log = logging.getLogger("ktls.aio")
 #: In functions with a parameter ``ssl`` the module is out of sight.
 _SSLContext: Final = ssl.SSLContext
 _SSLSocket: Final = ssl.SSLSocket
+
+
+def _create_default_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
 
 _P = TypeVar("_P", bound=asyncio.BaseProtocol)
 _Factory = Callable[[], _P]
@@ -83,7 +87,7 @@ def make_terms(
     if isinstance(context, bool):
         if server_side:
             raise ValueError("Server side SSL needs a valid SSLContext")
-        context = create_default_context()
+        context = _create_default_context()
         context.check_hostname = bool(server_hostname)
     for name, value in (("handshake", handshake_timeout), ("shutdown", shutdown_timeout)):
         if value is not None and value <= 0:

@@ -35,19 +35,21 @@ _LAST_PAUSE: Final = 0.1
 class Closer:
     """The end of one connection, from ``begin`` to ``connection_lost``. ``error`` is what the protocol will be told."""
 
-    __slots__ = ("_deadline", "_error", "_pause", "_timer", "_transport")
+    __slots__ = ("_deadline", "_done", "_error", "_pause", "_timer", "_transport")
 
     def __init__(self, transport: KTLSTransport, error: BaseException | None) -> None:
         self._transport = transport
         self._error = error
         self._pause = _FIRST_PAUSE
+        self._done = False
         self._deadline: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         """Go as far as possible now; what is left goes on with events and timers, for ``timeout`` seconds at most."""
-        self._deadline = loop.call_later(timeout, self._too_late)
         self.go_on()
+        if not self._done:
+            self._deadline = loop.call_later(timeout, self._too_late)
 
     def go_on(self) -> None:
         """Take the next step: there is room, time has passed, or something has come in."""
@@ -55,7 +57,8 @@ class Closer:
         if transport.writes_pending:
             return  # comes back when the queue is empty
         try:
-            if not say_close_notify(transport.driver):
+            # To a TCP connection that the peer has ended, asyncio's own TLS says no goodbye either.
+            if not transport.truncated and not say_close_notify(transport.driver):
                 transport.watch_for_room()
                 return
             transport.driver.flush()
@@ -85,6 +88,7 @@ class Closer:
 
     def cancel(self) -> None:
         """Have nothing more happen."""
+        self._done = True
         for handle in (self._deadline, self._timer):
             if handle is not None:
                 handle.cancel()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 __all__ = (
+    "KTLSEventLoop",
     "KTLSEventLoopPolicy",
     "install",
     "new_event_loop",
@@ -96,7 +97,7 @@ class _KernelTLS(_AnyLoop):  # type: ignore[misc]  # its base is decided by who 
         return sent
 
 
-class _EventLoop(_KernelTLS, asyncio.SelectorEventLoop):
+class KTLSEventLoop(_KernelTLS, asyncio.SelectorEventLoop):
     """asyncio's own loop, with kernel TLS."""
 
 
@@ -116,7 +117,7 @@ def _uvloop_class() -> type[asyncio.AbstractEventLoop]:
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """Make a loop of asyncio's whose TLS is kernel TLS. For ``uvicorn --loop ktls.aio:new_event_loop``, ``asyncio.Runner(loop_factory=...)``."""
-    return _EventLoop()
+    return KTLSEventLoop()
 
 
 def new_uvloop_event_loop() -> asyncio.AbstractEventLoop:

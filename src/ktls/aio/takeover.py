@@ -48,6 +48,8 @@ class Untouched(asyncio.Protocol):
 
 def can_take_over(transport: Any) -> bool:
     """Whether ``transport`` is a loop's own TCP transport in plain text."""
+    if not isinstance(transport, asyncio.Transport):
+        return False
     sock = transport.get_extra_info("socket")
     return (
         sock is not None

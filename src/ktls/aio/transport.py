@@ -127,7 +127,7 @@ class KTLSTransport(WritingTransport):
             case "socket":
                 return TransportSocket(self._sock)
             case "sslcontext":
-                return self.context
+                return getattr(self, "context", default)  # gone when the connection is
             case "ssl_object" | "ktls":
                 if self._object is None:
                     self._object = KTLSObject(self)
@@ -274,8 +274,8 @@ class KTLSTransport(WritingTransport):
             tickets = self.established.tickets
             if tickets is not None:
                 tickets.close()
-            # The driver holds the secrets; nobody else needs it any more.
-            del self._driver
+            # The driver holds the secrets, the context certificates: nobody needs them any more.
+            del self._driver, self.context
             self._protocol = self._closer = self._object = None
             if self._settings.observer is not None:
                 self._settings.observer.connection_ended(self._lost_offload, error)

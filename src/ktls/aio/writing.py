@@ -113,9 +113,7 @@ class WritingTransport(ReadingTransport):
     def write(self, data: _Data) -> None:
         """Send ``data``, now or as soon as there is room. Never blocks and raises only for misuse: errors go to ``connection_lost``."""
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(
-                f"data argument must be a bytes-like object, not {type(data).__name__!r}"
-            )
+            raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
         if not data or not self._may_write():
             return
         if type(data) is memoryview and (data.itemsize != 1 or data.ndim != 1):
@@ -140,9 +138,7 @@ class WritingTransport(ReadingTransport):
         buffers: list[ReadBuffer] = [data for data in list_of_data if data]
         for data in buffers:
             if not isinstance(data, bytes | bytearray | memoryview):
-                raise TypeError(
-                    f"data argument must be a bytes-like object, not {type(data).__name__!r}"
-                )
+                raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
         if not buffers or not self._may_write():
             return
         buffers = [memoryview(data).cast("B") for data in buffers]
