@@ -48,7 +48,8 @@ class Untouched(asyncio.Protocol):
 
 def can_take_over(transport: Any) -> bool:
     """Whether ``transport`` is a loop's own TCP transport in plain text."""
-    if not isinstance(transport, asyncio.Transport):
+    # uvloop's transports are no asyncio.Transport.
+    if not hasattr(transport, "get_extra_info"):
         return False
     sock = transport.get_extra_info("socket")
     return (
