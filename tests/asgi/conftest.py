@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 from tests.support import Authority
 
-from .helpers import FRONTS, Front, Server, sends
+from .helpers import FRONTS, Front, Server, sends, wait_for
 
 SMALL: Final = 5_000
 BIG: Final = 3 * 1024 * 1024 + 17
@@ -29,7 +29,7 @@ def server(
     _servers: tuple[ExitStack, dict[Front, Server]],
     authority: Authority,
 ) -> Iterator[Server]:
-    """A running server; the test sets its ``app``. At the end of the test no request may be left."""
+    """A running server; the test sets its ``app``. At the end of the test no connection may be left."""
     stack, servers = _servers
     front: Front = request.param
     if front not in servers:
@@ -37,6 +37,7 @@ def server(
     running = servers[front]
     yield running
     running.app = sends()
+    wait_for(lambda: not running.server_state.connections)
 
 
 @pytest.fixture(scope="session")

@@ -216,6 +216,16 @@ def test_a_client_that_leaves_is_no_error(
     _close_all(big)
 
 
+def test_a_client_that_leaves_what_it_never_read_holds_nothing_up(server: Server) -> None:
+    # The response and the goodbye fit into the server's buffers, but not into the client's.
+    server.app = sends(start(60_000, 200, (b"connection", b"close")), body(bytes(60_000)))
+    with server.connect(receive_buffer=SMALL_BUFFER) as sock:
+        sock.sendall(request())
+        read_head(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_for(lambda: not server.server_state.connections)
+
+
 def _close_all(path: Path) -> None:
     for link in Path("/proc/self/fd").iterdir():
         if link.is_symlink() and os.readlink(link) == str(path):

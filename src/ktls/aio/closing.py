@@ -5,6 +5,7 @@ Theory of operation
 A record that ``send`` has accepted may still be queued in the kernel above TCP, and ``close`` and ``shutdown`` throw that queue away; the peer then gets half a
 record and a clean FIN. A blocking ``send`` of close_notify would wait for it, but may not be used here, and no event tells when the queue is empty. What proves it is SIOCOUTQ: TCP has nothing
 unacknowledged. So after close_notify we look at it, at once (on loopback, or with a quick peer, that is all), then from a timer with growing pauses. The peer's answer, if one comes, makes us look sooner.
+After a reset it stays as it was for ever; POLLHUP tells of that.
 
 Meanwhile what comes in is read and dropped: unread data would make TCP reset the connection at ``close`` and destroy what is on its way; and a peer that writes before
 it reads would never take our data.
@@ -75,6 +76,9 @@ class Closer:
             transport.watch_for_room()  # sealed in this process: TCP will say when there is room
             return
         transport.unwatch_room()
+        if transport.hung_up():
+            transport.end(self._error)  # nobody is there who could acknowledge anything
+            return
         if self._timer is None:
             self._timer = transport.loop.call_later(self._pause, self._look)
             self._pause = min(2 * self._pause, _LAST_PAUSE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import warnings
 from asyncio import constants
 from asyncio.trsock import TransportSocket
@@ -190,6 +191,12 @@ class KTLSTransport(WritingTransport):
     def unwatch_room(self) -> None:
         """Stop watching: what is waited for now has no event."""
         self._stop_writing()
+
+    def hung_up(self) -> bool:
+        """Whether TCP's connection is no more, in both directions."""
+        poller = select.poll()
+        poller.register(self._fd, 0)  # POLLERR and POLLHUP
+        return bool(poller.poll(0))
 
     # --- life --------------------------------------------------------------------------------------------------
 
