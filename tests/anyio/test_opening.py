@@ -220,6 +220,50 @@ def test_our_own_both_ends(net: Net, backend: Backend, standard_compatible: bool
     backend.run(main)
 
 
+def test_many_connections(net: Net, backend: Backend) -> None:
+    """Both ends are ours, and change their keys as they like."""
+    settings = ktls.Settings(offload="auto" if Case().may_refresh else "userspace")
+    chunks = [pattern(1 + number * 2999 % 50_000, number) for number in range(25)]
+
+    client_context = net.context("ktls", "client")
+
+    async def client(number: int, port: int) -> None:
+        stream = await ktls.anyio.connect_tcp(
+            "127.0.0.1",
+            port,
+            ssl_context=client_context,
+            tls_hostname=HOST,
+            settings=settings,
+        )
+
+        async def send() -> None:
+            for index, chunk in enumerate(chunks):
+                if index % 5 == number % 5:
+                    await stream.refresh_traffic_keys(request_peer=index % 2 == 0)
+                await stream.send(chunk)
+            await stream.send_eof()
+
+        async with stream, anyio.create_task_group() as sending:
+            sending.start_soon(send)
+            assert await receive_all(stream) == b"".join(chunks)
+
+    async def main() -> None:
+        listener = await ktls.anyio.create_tcp_listener(
+            local_host="127.0.0.1", ssl_context=net.context("ktls", "server"), settings=settings
+        )
+        async with listener, anyio.create_task_group() as serving:
+            serving.start_soon(listener.serve, echo)
+            await client(0, port_of(listener))  # what event loops open once
+            before = descriptors()
+            async with anyio.create_task_group() as clients:
+                for number in range(15):
+                    clients.start_soon(client, number, port_of(listener))
+            await until(lambda: descriptors() <= before)
+            serving.cancel_scope.cancel()
+
+    backend.run(main)
+
+
 def test_no_connection(net: Net, backend: Backend) -> None:
     async def main() -> None:
         context = net.context("ktls", "client")

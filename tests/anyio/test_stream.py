@@ -410,6 +410,32 @@ def test_an_alert_reaches_who_only_sends(net: Net, backend: Backend) -> None:
     backend.run(main)
 
 
+def test_a_bad_record_reaches_who_only_sends(net: Net, backend: Backend) -> None:
+    """With kernel TLS the descriptor is "ready" for ever after it. In user space there has to be room first."""
+
+    async def main() -> None:
+        net.context("ktls", "server").offload = "userspace"  # so that it can send anything
+        link = await connect(net, KTLS_PEER, buffers=65536)
+        async with anyio.create_task_group() as group:
+
+            async def send() -> None:
+                with pytest.raises(BrokenResourceError) as caught:
+                    await link.ours.send(bytes(20_000_000))
+                assert isinstance(caught.value.__cause__, ktls.RemoteProtocolError)
+
+            group.start_soon(send)
+            await wait_all_tasks_blocked()
+            link.theirs._raw.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+            if KTLS_PEER.rx_layer == "userspace":
+                net.spawn(read_exactly, link.theirs, 1_000_000)
+        with pytest.raises(BrokenResourceError) as caught:
+            await link.ours.receive()
+        assert isinstance(caught.value.__cause__, ktls.RemoteProtocolError)
+        await link.ours.aclose()
+
+    backend.run(main)
+
+
 def test_close_loses_nothing(net: Net, backend: Backend, layer: Case) -> None:
     data = pattern(400_000)
 
