@@ -23,9 +23,10 @@ from typing import Any, Final, TypeVar
 from ktls.handshake.engine import engine_for
 from ktls.settings import Settings, settings_of
 
-from .handshake import HANDSHAKE_TIMEOUT, Handshake, Terms
+from .handshake import Handshake
 from .server import Server
 from .takeover import Untouched, take_over
+from .terms import HANDSHAKE_TIMEOUT, Terms
 from .transport import KTLSTransport
 
 __all__ = (

@@ -15,8 +15,7 @@ import functools
 import logging
 import socket
 import ssl
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 from ktls.established import Established
 from ktls.handshake.engine import HandshakeEngine, engine_for
@@ -24,18 +23,17 @@ from ktls.handshake.handoff import Offload, hand_off, prepare
 from ktls.protocol.errors import OffloadError
 from ktls.pump import HandshakePump
 
+from .reading import shared_by
 from .transport import KTLSTransport, Owner
 
 if TYPE_CHECKING:
     from ktls.handshake.result import HandshakeResult
-    from ktls.settings import Settings
 
-__all__ = ("HANDSHAKE_TIMEOUT", "Handshake", "ServerLike", "Terms")
+    from .terms import Terms
+
+__all__ = ("Handshake", "ServerLike")
 
 _log = logging.getLogger("ktls.aio")
-
-#: Seconds. That of asyncio.
-HANDSHAKE_TIMEOUT: Final = 60.0
 
 
 class ServerLike(Owner, Protocol):
@@ -44,21 +42,6 @@ class ServerLike(Owner, Protocol):
     def attach(self, connection: Handshake | KTLSTransport) -> None:
         """Note a new one."""
         ...
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What is the same for all connections of a server, or chosen for one of a client."""
-
-    context: ssl.SSLContext
-    settings: Settings
-    server_side: bool
-    server_hostname: str | None = None
-    session: ssl.SSLSession | None = None
-    handshake_timeout: float = HANDSHAKE_TIMEOUT
-    shutdown_timeout: float
-    suppress_ragged_eofs: bool = True
 
 
 @final
@@ -232,6 +215,7 @@ class Handshake:
             unavailable=self._unavailable,
             limits=settings.key_limits,
             on_key_change=observer.key_changed if observer is not None else None,
+            lock=shared_by(self._loop).lock,
         )
         established = Established.of(result, reason)
         cache, key = settings.session_cache, self._cache_key()
@@ -250,12 +234,8 @@ class Handshake:
             driver,
             established,
             self._protocol,
-            context=terms.context,
-            server_side=terms.server_side,
-            settings=settings,
+            terms,
             names=self._names,
-            shutdown_timeout=terms.shutdown_timeout,
-            suppress_ragged_eofs=terms.suppress_ragged_eofs,
             owner=self._server,
         )
         self._let_go(transport)

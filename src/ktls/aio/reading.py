@@ -20,8 +20,9 @@ after it.
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from ktls.protocol.errors import TruncatedError
 
@@ -30,24 +31,38 @@ if TYPE_CHECKING:
 
     from ktls.handshake.handoff import RecordDriver
 
-__all__ = ("ReadingTransport", "shared_buffer")
+__all__ = ("ReadingTransport", "Shared", "shared_by")
 
 #: As asyncio's own transports (``max_size``): sixteen full records in one system call.
 _BUFFER_SIZE: Final = 256 * 1024
 #: Reads of one event, at most; the others get their turn, and we come back.
 _MAX_READS: Final = 16
 
-_buffers: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview]] = (
+
+@final
+class Shared:
+    """What all connections of a loop have in common: they run in one thread, one after the other."""
+
+    __slots__ = ("buffer", "lock")
+
+    def __init__(self) -> None:
+        #: What is read into it is to be copied out before anything else runs.
+        self.buffer = memoryview(bytearray(_BUFFER_SIZE))
+        #: In the place of the locks that a driver would have.
+        self.lock = threading.RLock()
+
+
+_shared: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def shared_buffer(loop: asyncio.AbstractEventLoop) -> memoryview:
-    """Return the buffer that all connections of ``loop`` read into; what it holds is to be copied out before anything else runs."""
-    buffer = _buffers.get(loop)
-    if buffer is None:
-        buffer = _buffers[loop] = memoryview(bytearray(_BUFFER_SIZE))
-    return buffer
+def shared_by(loop: asyncio.AbstractEventLoop) -> Shared:
+    """Return what the connections of ``loop`` share."""
+    shared = _shared.get(loop)
+    if shared is None:
+        shared = _shared[loop] = Shared()
+    return shared
 
 
 class ReadingTransport(asyncio.transports._FlowControlMixin):
@@ -88,7 +103,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         self._sock = sock
         self._fd = sock.fileno()
         self._driver = driver
-        self._shared = shared_buffer(loop)
+        self._shared = shared_by(loop).buffer
         #: Whether the loop watches the socket for us.
         self._reading = False
         #: Whether the protocol wants no data for now.

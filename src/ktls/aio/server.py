@@ -12,7 +12,8 @@ import sys
 from asyncio.trsock import TransportSocket
 from typing import TYPE_CHECKING, Any, Final, final
 
-from .handshake import Handshake, Terms
+from .handshake import Handshake
+from .terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,10 +27,10 @@ from .writing import WritingTransport, say_close_notify
 
 if TYPE_CHECKING:
     import socket
-    import ssl
 
     from ktls.established import Established
-    from ktls.settings import Settings
+
+    from .terms import Terms
 
 __all__ = ("KTLSTransport", "Owner")
 
@@ -55,13 +55,9 @@ class KTLSTransport(WritingTransport):
         "_object",
         "_owner",
         "_peername",
-        "_settings",
-        "_shutdown_timeout",
         "_sockname",
-        "_suppress_ragged_eofs",
-        "context",
         "established",
-        "server_side",
+        "terms",
         "truncated",
     )
 
@@ -76,28 +72,20 @@ class KTLSTransport(WritingTransport):
         driver: RecordDriver,
         established: Established,
         protocol: asyncio.BaseProtocol,
+        terms: Terms,
         *,
-        context: ssl.SSLContext,
-        server_side: bool,
-        settings: Settings,
         names: tuple[Any, Any],
-        shutdown_timeout: float,
-        suppress_ragged_eofs: bool,
         owner: Owner | None,
     ) -> None:
         """``names``: of the peer, and of our socket. ``owner`` is told once the socket is closed."""
         self._init_reading(loop, sock, driver)
         self._init_writing()
         self.set_protocol(protocol)
-        self.context = context
+        self.terms = terms
         self.established = established
-        self.server_side = server_side
         #: Whether TCP ended without close_notify.
         self.truncated = False
-        self._settings = settings
         self._peername, self._sockname = names
-        self._shutdown_timeout = shutdown_timeout
-        self._suppress_ragged_eofs = suppress_ragged_eofs
         self._owner = owner
         self._closer: Closer | None = None
         self._object: KTLSObject | None = None
@@ -128,7 +116,7 @@ class KTLSTransport(WritingTransport):
             case "socket":
                 return TransportSocket(self._sock)
             case "sslcontext":
-                return getattr(self, "context", default)  # gone when the connection is
+                return self.terms.context if hasattr(self, "terms") else default
             case "ssl_object" | "ktls":
                 if self._object is None:
                     self._object = KTLSObject(self)
@@ -221,7 +209,7 @@ class KTLSTransport(WritingTransport):
         self._closing = True
         self._stop_reading()
         self._closer = Closer(self, error)
-        self._closer.begin(self._loop, self._shutdown_timeout)
+        self._closer.begin(self._loop, self.terms.shutdown_timeout)
         if not self._lost and not self._ended:
             self._reading = True
             self._loop.add_reader(self._fd, self._discard)
@@ -281,11 +269,12 @@ class KTLSTransport(WritingTransport):
             tickets = self.established.tickets
             if tickets is not None:
                 tickets.close()
+            observer = self.terms.settings.observer
             # The driver holds the secrets, the context certificates: nobody needs them any more.
-            del self._driver, self.context
+            del self._driver, self.terms
             self._protocol = self._closer = self._object = None
-            if self._settings.observer is not None:
-                self._settings.observer.connection_ended(self._lost_offload, error)
+            if observer is not None:
+                observer.connection_ended(self._lost_offload, error)
             if self._owner is not None:
                 self._owner.detach(self)
                 self._owner = None
@@ -309,7 +298,7 @@ class KTLSTransport(WritingTransport):
 
     def _refuse_truncation(self, truncation: TruncatedError | None) -> bool:
         self.truncated = truncation is not None
-        if truncation is None or self._suppress_ragged_eofs:
+        if truncation is None or self.terms.suppress_ragged_eofs:
             return False
         self._drop_queue(truncation)
         self._close(truncation)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,10 +87,12 @@ def hand_off(
     limits: KeyLimits | None = None,
     on_key_change: KeyChangeObserver | None = None,
     clock: Callable[[], float] = time.monotonic,
+    lock: threading.RLock | None = None,
 ) -> tuple[RecordDriver, str | None]:
     """Set a connection going after ``result``; return its driver, and why it is not wholly in the kernel.
 
-    ``unavailable`` is what ``prepare`` returned; ``on_key_change`` is told of every change of a key. The TCP stream must be exactly behind ``result.leftover``.
+    ``unavailable`` is what ``prepare`` returned; ``on_key_change`` is told of every change of a key;
+    ``lock`` is what ``Driver`` says of it. The TCP stream must be exactly behind ``result.leftover``.
     Raises ``OffloadError`` only with the policy ``kernel``; nothing was sent then.
     """
     secrets = result.secrets
@@ -124,6 +127,7 @@ def hand_off(
         on_ticket=relay.feed if relay is not None else None,
         on_key_change=on_key_change if relay is None else _ratcheting(relay, on_key_change),
         clock=clock,
+        lock=lock,
     )
     return driver, reasons[0] if reasons else None
 

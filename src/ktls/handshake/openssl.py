@@ -32,7 +32,7 @@ from ktls.record.aead import HEADER_LENGTH, RecordProtection
 from .framing import ClientHello, ClientHelloWatch, RecordFramer, ServerHelloWatch, split_records
 from .gate import gate
 from .keylog import Expected, SecretsUnavailableError, tap_for
-from .result import EngineObject, HandshakeResult, HandshakeSecrets, PeerInfo
+from .result import CipherTuple, EngineObject, HandshakeResult, HandshakeSecrets, PeerInfo
 from .sni import Switchable, watch_switches
 from .tickets import TicketRelay, discard_engine
 
@@ -246,7 +246,7 @@ class OpenSSLHandshake:
 
     def _complete(self, engine: EngineObject, last_output: list[bytes]) -> None:
         sslobject = engine.sslobject
-        version, cipher = sslobject.version() or "", sslobject.cipher() or ("", "", 0)
+        version, cipher = _facts_of(sslobject)
         suite = suite_by_openssl_name(cipher[0])
         secrets, reason = None, None
         try:
@@ -270,9 +270,20 @@ class OpenSSLHandshake:
             engine_object=engine if secrets is None else None,
             tickets=None if secrets is None else self._hand_over(engine, secrets),
             client_random=client_random,
-            key_log=_key_logger(self._tap.log, client_random),
+            key_log=self._key_logger(client_random),
         )
         self._engine = None
+
+    def _key_logger(self, client_random: bytes | None) -> Callable[[str, bytes], None] | None:
+        """Return what writes later secrets to the user's key log; None without one, to keep nothing for it."""
+        log = self._tap.log
+        if client_random is None or self._tap.user_keylog is None:
+            return None
+
+        def key_log(label: str, secret: bytes) -> None:
+            log(label, client_random, secret)
+
+        return key_log
 
     def _hand_over(self, engine: EngineObject, secrets: HandshakeSecrets) -> TicketRelay | None:
         """Let go of the engine, or make a relay of it."""
@@ -382,16 +393,13 @@ def _prove(protection: RecordProtection, records: list[bytes], expected: Handsha
         raise SecretsUnavailableError(f"a record that should be {expected.name} is not")
 
 
-def _key_logger(
-    log: Callable[[str, bytes, bytes], None], client_random: bytes | None
-) -> Callable[[str, bytes], None] | None:
-    if client_random is None:
-        return None
+#: (version, cipher) as the engine says it: there are a few dozen, and connections share them.
+_facts: Final[dict[tuple[str, CipherTuple], tuple[str, CipherTuple]]] = {}
 
-    def key_log(label: str, secret: bytes) -> None:
-        log(label, client_random, secret)
 
-    return key_log
+def _facts_of(sslobject: ssl.SSLObject) -> tuple[str, CipherTuple]:
+    facts = sslobject.version() or "", sslobject.cipher() or ("", "", 0)
+    return _facts.setdefault(facts, facts)
 
 
 def _max_fragment(role: Role, version: str, hello: ClientHello | None) -> int:

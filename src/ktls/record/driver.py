@@ -54,6 +54,8 @@ class Driver:
 
     ``on_ticket`` gets each NewSessionTicket message, ``on_key_change`` is called after a key of either direction was changed; both run in the thread that
     found the cause, and may raise ``RemoteProtocolError`` only. They run under the driver's locks: they must not call it.
+
+    ``lock`` takes the place of all three locks: for callers in one thread, whose connections may share it, and so need none of their own.
     """
 
     __slots__ = ("_receiving", "_sending", "connection", "receiver", "sender")
@@ -67,19 +69,20 @@ class Driver:
         on_ticket: Callable[[bytes], None] | None = None,
         on_key_change: KeyChangeObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        lock: threading.RLock | None = None,
     ) -> None:
         self.connection = connection
         self.sender = sender
         self.receiver = receiver
-        state_lock = threading.Lock()
+        rx_lock, tx_lock, state_lock = (lock or threading.Lock() for _ in range(3))
         self._sending = SendingHalf(
-            connection, sender, state_lock, on_key_change=on_key_change, clock=clock
+            connection, sender, (tx_lock, state_lock), on_key_change=on_key_change, clock=clock
         )
         self._receiving = ReceivingHalf(
             connection,
             receiver,
             self._sending,
-            state_lock,
+            (rx_lock, state_lock),
             on_ticket=on_ticket,
             on_key_change=on_key_change,
             clock=clock,

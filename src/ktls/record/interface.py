@@ -15,6 +15,7 @@ some errors once, then waits for ever or drops data in silence).
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
@@ -30,6 +31,7 @@ __all__ = (
     "ControlRecord",
     "KeyChangeObserver",
     "LayerName",
+    "Lock",
     "ReadBuffer",
     "RecordReceiver",
     "RecordSender",
@@ -38,6 +40,9 @@ __all__ = (
 
 #: Where a direction lives, as ``Offload.tx`` and ``Offload.rx`` say it.
 LayerName: TypeAlias = Literal["kernel", "userspace", "engine"]
+
+#: What guards a driver.
+Lock: TypeAlias = "threading.Lock | threading.RLock"
 
 #: Told after each change of a key which direction's it was, and why. Must not raise, nor call the connection.
 KeyChangeObserver: TypeAlias = Callable[[Direction, KeyChangeCause], None]

@@ -29,14 +29,15 @@ class Meter:
         self._limits = limits
         self._clock = clock
         self._step = step
-        self._since = clock()
+        self._since = clock() if limits.age is not None else 0.0
         self._room = 0
         self.octets = 0
 
     def key_changed(self) -> None:
         """Begin to count for a new key."""
         self.octets = 0
-        self._since = self._clock()
+        if self._limits.age is not None:
+            self._since = self._clock()
         self._room = 0
 
     def used(self, records: int, octets: int) -> None:

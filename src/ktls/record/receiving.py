@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from typing import Final, final
 
@@ -35,7 +34,14 @@ from ktls.protocol.states import (
 )
 
 from .catchup import CatchUpReceiver
-from .interface import DEAD_ERRNOS, ControlRecord, KeyChangeObserver, RecordReceiver, WriteBuffer
+from .interface import (
+    DEAD_ERRNOS,
+    ControlRecord,
+    KeyChangeObserver,
+    Lock,
+    RecordReceiver,
+    WriteBuffer,
+)
 from .kernel import KernelReceiver
 from .meter import Meter
 from .sending import SendingHalf
@@ -48,7 +54,7 @@ _RX_STEP: Final = 16 * 1024
 
 @final
 class ReceivingHalf:
-    """Everything that comes in. What is owed in answer goes to ``sending``."""
+    """Everything that comes in. What is owed in answer goes to ``sending``. ``locks``: rx and state."""
 
     __slots__ = (
         "_clock",
@@ -71,7 +77,7 @@ class ReceivingHalf:
         connection: KernelConnection,
         receiver: RecordReceiver,
         sending: SendingHalf,
-        state_lock: threading.Lock,
+        locks: tuple[Lock, Lock],
         *,
         on_ticket: Callable[[bytes], None] | None,
         on_key_change: KeyChangeObserver | None,
@@ -80,11 +86,10 @@ class ReceivingHalf:
         self._connection = connection
         self._receiver = receiver
         self._sending = sending
-        self._state_lock = state_lock
         self._on_ticket = on_ticket
         self._on_key_change = on_key_change
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock, self._state_lock = locks
         self._meter = Meter(connection.limits, clock, _RX_STEP)
         #: None: open. PeerClosed: the end, in order. An error: raised by every further read.
         self._end: OSError | PeerClosed | None = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import threading
 from collections.abc import Callable, Iterable
 from typing import final
 
@@ -16,7 +15,7 @@ from ktls.protocol.enums import ContentType, Direction
 from ktls.protocol.errors import KeyLimitError, KTLSError, LocalProtocolError
 from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
 
-from .interface import DEAD_ERRNOS, KeyChangeObserver, ReadBuffer, RecordSender
+from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordSender
 from .meter import Meter
 
 __all__ = ("SendingHalf",)
@@ -35,7 +34,7 @@ def _beginning(buffers: list[ReadBuffer], count: int) -> list[ReadBuffer]:
 
 @final
 class SendingHalf:
-    """Everything that goes out. ``state_lock`` guards the connection and is shared with the receiving half."""
+    """Everything that goes out. ``locks``: tx, and state, which guards the connection and is shared with the receiving half."""
 
     __slots__ = (
         "_clock",
@@ -54,17 +53,16 @@ class SendingHalf:
         self,
         connection: KernelConnection,
         sender: RecordSender,
-        state_lock: threading.Lock,
+        locks: tuple[Lock, Lock],
         *,
         on_key_change: KeyChangeObserver | None,
         clock: Callable[[], float],
     ) -> None:
         self._connection = connection
         self._sender = sender
-        self._state_lock = state_lock
         self._on_key_change = on_key_change
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock, self._state_lock = locks
         #: A list, not a deque, which takes 600 bytes empty; it never has more than a handful.
         self._owed: list[SendMessage | UpdateTxKey] = []
         self._meter = Meter(connection.limits, clock)
