@@ -28,10 +28,11 @@ format: $(STAMP) ## let ruff repair what it can
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-lab: ## get the lab's kernels and the test peers into the cache
+lab: ## get the lab's kernels, the test peers and the browser into the cache
 	lab/build-kernel rekey
 	lab/build-kernel norekey
 	lab/peers
+	lab/browser
 
 clean: ## remove what the targets made here (the lab's cache is outside, and stays)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--certificate", help=argparse.SUPPRESS)
     options = parser.parse_args()
     files = 2 * options.connections + 1000
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     if options.serve is not None:
         with asyncio.Runner(loop_factory=loop_of(options.serve)) as runner:
             runner.run(serve(options.serve, options.certificate))

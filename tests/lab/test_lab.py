@@ -303,7 +303,7 @@ def test_command_ends_when_nobody_reads_any_more() -> None:
 def test_peers_run_here_and_in_the_lab() -> None:
     lines = subprocess.check_output([LAB / "peers"], text=True).splitlines()
     peers = dict(line.split("=", 1) for line in lines)
-    assert list(peers) == ["openssl", "curl", "gnutls-cli", "gnutls-serv"]
+    assert list(peers) == ["openssl", "curl", "gnutls-cli", "gnutls-serv", "strace"]
     [directory] = {str(Path(path).parent) for path in peers.values()}
     script = "openssl version && curl --version && gnutls-cli --version && gnutls-serv --version"
     path = f"{directory}:{os.environ['PATH']}"

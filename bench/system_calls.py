@@ -1,0 +1,161 @@
+"""System calls that a server makes for one message of 1 KiB, received and sent back, for each kind of transport, all in one run.
+
+    lab/run -- .venv/bin/python bench/system_calls.py
+
+Counted by strace, between two numbers of messages on one kept connection, so that constant costs cancel out. Each server is a process of its own; the client is a blocking socket. The calls that read the clock are
+left out: on real machines they are none, but a user-mode kernel has no vDSO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import trustme
+
+import ktls
+import ktls.aio
+
+KINDS = (
+    "plain asyncio",
+    "ktls asyncio",
+    "asyncio ssl",
+    "plain uvloop",
+    "ktls uvloop",
+    "uvloop ssl",
+)
+MESSAGE = b"x" * 1024
+
+
+class Echo(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+def loop_of(kind: str) -> Any:
+    if kind.startswith("ktls"):
+        return ktls.aio.new_uvloop_event_loop if "uvloop" in kind else ktls.aio.new_event_loop
+    if "uvloop" in kind:
+        import uvloop
+
+        return uvloop.new_event_loop
+    return asyncio.SelectorEventLoop
+
+
+async def serve(kind: str, certificate: str) -> None:
+    context = None
+    if not kind.startswith("plain"):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Echo, "127.0.0.1", 0, ssl=context)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+class Counted:
+    """A server under strace."""
+
+    def __init__(
+        self, kind: str, certificate: str, directory: str, context: ssl.SSLContext
+    ) -> None:
+        command = [sys.executable, __file__, "--serve", kind, "--certificate", certificate]
+        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout is not None
+        address = ("127.0.0.1", int(self._server.stdout.readline()))
+        sock = socket.create_connection(address)
+        if not kind.startswith("plain"):
+            sock = context.wrap_socket(sock, server_hostname="localhost")
+        self._client = sock
+        self._output = os.path.join(directory, "counted")
+        self._exchange(20)
+
+    def _exchange(self, messages: int) -> None:
+        for _ in range(messages):
+            self._client.sendall(MESSAGE)
+            left = len(MESSAGE)
+            while left:
+                left -= len(self._client.recv(left))
+
+    def count(self, messages: int) -> dict[str, int]:
+        """Calls made for so many messages, and for attaching and detaching."""
+        pid = self._server.pid
+        command = [
+            "strace", "-qq", "-c", "-f", "-U", "calls,name",
+            "-e", "trace=!time,clock_gettime,gettimeofday", "-o", self._output, "-p", str(pid),
+        ]  # fmt: skip
+        tracer = subprocess.Popen(command)
+        deadline = time.monotonic() + 20
+        while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < deadline, "strace did not attach"
+        self._exchange(messages)
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait()
+        lines = [line.split() for line in Path(self._output).read_text().splitlines()]
+        return {line[1]: int(line[0]) for line in lines if len(line) == 2 and line[0].isdigit()}
+
+    def close(self) -> None:
+        self._client.close()
+        self._server.kill()
+        self._server.communicate()
+
+
+def measure(
+    kind: str, certificate: str, directory: str, context: ssl.SSLContext
+) -> dict[str, float]:
+    """Calls per message, by name."""
+    few, many = 50, 250
+    counted = Counted(kind, certificate, directory, context)
+    try:
+        first, second = counted.count(few), counted.count(many)
+    finally:
+        counted.close()
+    calls = {name: (second[name] - first.get(name, 0)) / (many - few) for name in second}
+    return {name: number for name, number in calls.items() if name != "total" and number >= 0.05}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--certificate", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve is not None:
+        with asyncio.Runner(loop_factory=loop_of(options.serve)) as runner:
+            runner.run(serve(options.serve, options.certificate))
+        return
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with tempfile.TemporaryDirectory() as directory:
+        certificate = os.path.join(directory, "certificate.pem")
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+        result = {kind: measure(kind, certificate, directory, context) for kind in options.kinds}
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"Linux {platform.release()}, Python {platform.python_version()}, {ssl.OPENSSL_VERSION}")
+    print("system calls per message of 1 KiB received and sent back:")
+    for kind, calls in result.items():
+        detail = ", ".join(f"{name} {number:.3g}" for name, number in sorted(calls.items()))
+        print(f"  {kind:14} {sum(calls.values()):5.2f}   {detail}")
+
+
+if __name__ == "__main__":
+    main()
