@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import os
-import socket
-import ssl
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import ktls
-from ktls.cli.http_files import FileServer
 from ktls.cli.local_ca import local_identity
 
-from .helpers import LocalServer, ScriptedServer
+from .helpers import LocalServer, ScriptedServer, running_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,16 +64,8 @@ def server(
     del capsys
     directory = tmp_path / "served"
     directory.mkdir()
-    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(identity.certificate, identity.key)
-    with FileServer(("127.0.0.1", 0), socket.AF_INET, context, directory) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield LocalServer(running.server_address[1], directory, identity.ca)
-        finally:
-            running.shutdown()
-            thread.join()
+    with running_server(identity, directory) as running:
+        yield running
 
 
 @pytest.fixture

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
+import queue
 import socket
 import ssl
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+import ktls
+from ktls.aio import new_event_loop
+from ktls.cli.serving import FileServer, listen
+from ktls.settings import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from ktls.cli.local_ca import Identity
+    from ktls.cli.metrics import Metrics
 
 
 def client_context(ca: Path) -> ssl.SSLContext:
@@ -44,6 +53,64 @@ class LocalServer:
             yield connection
         finally:
             connection.close()
+
+
+@dataclass(frozen=True)
+class RunningServer(LocalServer):
+    """A server in a thread of this process."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    server: FileServer
+
+    def stop(self, *, now: bool = False) -> None:
+        """Do what a signal does."""
+        self.loop.call_soon_threadsafe(lambda: self.server.stop(now=now))
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@contextlib.contextmanager
+def running_server(
+    identity: Identity, directory: Path, *, grace: float = 30.0, metrics: Metrics | None = None
+) -> Iterator[RunningServer]:
+    """Serve ``directory`` in a thread; the log goes to ``sys.stdout``, as it is by then."""
+    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(identity.certificate, identity.key)
+    settings_of(context).observer = metrics
+    (listener,) = listen(socket.AF_INET, ("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = FileServer(
+        listener,
+        context,
+        str(directory),
+        log=lambda line: print(line, end=""),
+        complain=lambda line: print(line, end="", file=sys.stderr),
+        grace=grace,
+        metrics=metrics,
+    )
+    started: queue.SimpleQueue[asyncio.AbstractEventLoop] = queue.SimpleQueue()
+
+    async def serve() -> None:
+        started.put(asyncio.get_running_loop())
+        await server.run()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run, name="serve")
+    thread.start()
+    running = RunningServer(port, directory, identity.ca, started.get(), thread, server)
+    try:
+        yield running
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            running.stop(now=True)
+        running.join()
 
 
 class ScriptedServer:

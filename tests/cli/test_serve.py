@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -10,15 +11,13 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-import ktls
-from ktls.cli.http_files import FileServer, parse_range
+from ktls.cli.http_files import parse_range
 
-from .helpers import LocalServer, client_context, wait_for
+from .helpers import LocalServer, client_context, running_server, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +25,12 @@ if TYPE_CHECKING:
     from ktls.cli.local_ca import Identity
 
 DATA = bytes(range(256)) * 400  # several records
+BIG = 32 << 20  # more than any socket buffer
+
+
+def make_big(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(BIG)
 
 
 def get(
@@ -214,7 +219,8 @@ def test_forbidden(server: LocalServer, file: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_methods(server: LocalServer) -> None:
     with server.connection() as connection:
-        assert get(connection, "/", "DELETE")[0].status == 501
+        response, _ = get(connection, "/", "DELETE")
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
 def test_body_of_a_request_is_not_taken_for_a_request(server: LocalServer, file: Path) -> None:
@@ -241,13 +247,11 @@ def test_file_that_shrinks_is_not_filled_up(
     server: LocalServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     big = server.directory / "big"
-    size = 256 << 20  # more than any socket buffer
-    with open(big, "wb") as file:
-        file.truncate(size)
+    make_big(big)
     with server.connection() as connection:
         connection.request("GET", "/big")
         response = connection.getresponse()
-        assert response.headers["Content-Length"] == str(size)
+        assert response.headers["Content-Length"] == str(BIG)
         os.truncate(big, 10)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             response.read()
@@ -288,20 +292,41 @@ def test_access_log(server: LocalServer, file: Path, capsys: pytest.CaptureFixtu
     assert {match[2], match[3]} <= {"kernel", "userspace"}
 
 
-def test_access_log_cannot_be_forged(
-    server: LocalServer, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [
+        (b'/%1b[2J"', r'"GET /%1b[2J\x22 HTTP/1.1" 404 14 '),
+        (b'/" 200 1\\', r'"UNKNOWN / HTTP/1.0" 400 '),
+        (b"/\x1b[2J", r'"UNKNOWN / HTTP/1.0" 400 '),
+        (b"/\xc3\xa9\xff\x9b", None),  # parsers differ in whether that is a URL
+        (b"/" + b"x" * 5000, "xxx... HTTP/1.1"),
+    ],
+)
+def test_logs_cannot_be_forged(
+    server: LocalServer, target: bytes, shown: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (
         socket.create_connection(("127.0.0.1", server.port), 30) as sock,
         client_context(server.ca).wrap_socket(sock, server_hostname="127.0.0.1") as tls,
     ):
-        tls.sendall(b'GET /\x1b[2J"\xff HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
-        while tls.recv(4096):
-            pass
-    line = wait_for(lambda: capsys.readouterr().out, "\n")
-    assert r'"GET /\x1b[2J\x22' in line
-    assert line.rstrip("\n").isprintable()
-    assert line.isascii()
+        tls.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % target)
+        answer = b""
+        while data := tls.recv(4096):
+            answer += data
+    assert b"\r\nServer: ktls\r\n" in answer
+    said: list[str] = []
+
+    def log() -> str:
+        out, err = capsys.readouterr()
+        said.append(err)
+        return out
+
+    said.append(wait_for(log, "\n"))
+    assert shown is None or shown in said[-1]
+    for line in "".join(said).splitlines():
+        assert line.isprintable()
+        assert line.isascii()
+        assert len(line) < 4000  # PIPE_BUF
 
 
 @pytest.mark.kernel
@@ -324,29 +349,52 @@ def test_kernel_sends_only(
     wait_for(lambda: capsys.readouterr().out, "tx=kernel rx=userspace")
 
 
-def test_end_of_the_server_cuts_its_connections(identity: Identity, tmp_path: Path) -> None:
-    """Idle ones, slow ones, those without a handshake: nobody holds it up, and nobody takes a part for the whole."""
-    with open(tmp_path / "big", "wb") as file:
-        file.truncate(256 << 20)
-    context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(identity.certificate, identity.key)
-    server = FileServer(("127.0.0.1", 0), socket.AF_INET, context, tmp_path)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    local = LocalServer(server.server_address[1], tmp_path, identity.ca)
-    with (
-        socket.create_connection(("127.0.0.1", local.port), 30),
-        local.connection() as idle,
-        local.connection() as slow,
-    ):
+# --- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_end_lets_downloads_finish(identity: Identity, tmp_path: Path) -> None:
+    """Idle connections and those without a handshake end at once, a download when it is complete."""
+    make_big(tmp_path / "big")
+    with running_server(identity, tmp_path) as server, contextlib.ExitStack() as stack:
+        raw = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        idle = stack.enter_context(server.connection())
+        slow = stack.enter_context(server.connection())
         get(idle, "/big", "HEAD")
         slow.request("GET", "/big")
         response = slow.getresponse()
-        server.shutdown()
-        thread.join()
-        server.server_close()  # waits for its threads: this test's time limit is the assertion
+        server.stop()
+        assert idle.sock.recv(1) == b""
+        assert raw.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port), 30).close()
+        assert server.thread.is_alive()
+        assert len(response.read()) == BIG
+        # The connection was kept for more requests, but there are none any more.
+        assert slow.sock is None or slow.sock.recv(1) == b""
+        server.join()
+
+
+@pytest.mark.parametrize("grace", [0.05, 30.0])
+def test_end_cuts_what_does_not_finish(
+    identity: Identity, tmp_path: Path, grace: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the grace, or when told twice; and nobody takes a part for the whole."""
+    make_big(tmp_path / "big")
+    with (
+        running_server(identity, tmp_path, grace=grace) as server,
+        server.connection() as slow,
+    ):
+        slow.request("GET", "/big")
+        response = slow.getresponse()
+        server.stop()
+        if grace > 1:
+            server.stop(now=True)
+        server.join()  # its time limit is the assertion
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             response.read()
+    out, err = capsys.readouterr()
+    assert re.search(r'"GET /big HTTP/1.1" 200 \d+ tx=', out)
+    assert err == ""  # it was us
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -1,43 +1,96 @@
-"""The server behind ``ktls serve``: files over HTTPS/1.1, their bodies sent by ``KTLSSocket.sendfile``.
+"""What a file server answers to GET and HEAD: which file, which part of it, or why not (RFC 9110 §13, §14).
 
-``http.server`` does what HTTP needs; added here: ranges and validators (RFC 9110 §13, §14), so that a download can be resumed, the handshake in the
-connection's own thread, so that a slow client keeps nobody waiting, and one line per request that says who protected the records.
+Nothing is sent here: ``answer`` opens the file and says what is to be sent, ``file_app`` sends it. All of it is a handful of system calls on names and
+i-nodes, done in the event loop: a thread for them costs more than they do (measured: aiohttp's own ``FileResponse``, which uses threads, takes
+3.2 times the instructions for 1 KiB).
 
-What is not done: uploads, virtual hosts, compression. Symbolic links are followed, also out of the directory.
+Precompressed files: ``page.html.gz`` is sent as the gzip coding of ``page.html`` to who accepts that, unless it is older than ``page.html``.
+
+What is not done: uploads, virtual hosts, compressing, several ranges in one answer (the whole file is the answer, as RFC 9110 §14.2 permits).
+Symbolic links are followed, also out of the directory.
 """
 
 from __future__ import annotations
 
 import email.utils
-import io
+import errno
+import mimetypes
 import os
 import re
-import socket
-import socketserver
 import stat
-import sys
-import threading
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, final
+from typing import TYPE_CHECKING, BinaryIO, Final, final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from .failure import reason
+from .listing import listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Mapping
 
-    import ktls
+__all__ = ("Answer", "Body", "accepted_codings", "answer", "parse_range", "resolve")
 
-__all__ = ("FileServer", "parse_range")
-
-#: A client that does not finish its handshake loses its thread; so does one that is silent between requests.
-_HANDSHAKE_TIMEOUT: Final = 10.0
-_IDLE_TIMEOUT: Final = 60.0
-#: How long a slow client may hold up the end of the server.
-_CLOSING_TIMEOUT: Final = 0.5
+#: Content codings and the suffixes of their files, the better ones first.
+_CODINGS: Final = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
+#: Media types of files that are compressed in themselves, by what ``mimetypes`` calls their encoding.
+_COMPRESSED_TYPES: Final = {
+    "gzip": "application/gzip",
+    "bzip2": "application/x-bzip2",
+    "br": "application/x-brotli",
+    "compress": "application/x-compress",
+    "xz": "application/x-xz",
+}
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ONE_RANGE: Final = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})", re.ASCII | re.IGNORECASE)
+_ABSOLUTE_FORM: Final = re.compile(r"https?://[^/]*", re.IGNORECASE)
+_QUALITY: Final = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII | re.IGNORECASE)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Body:
+    """``range`` of an open file. Whoever has it closes the file."""
+
+    file: BinaryIO
+    part: range
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status, header fields, and what follows them: bytes, or a part of a file. ``Content-Length`` is not among the fields."""
+
+    status: HTTPStatus
+    fields: dict[str, str]
+    body: bytes | Body = b""
+
+
+class _Refused(Exception):  # control flow of this module
+    def __init__(self, status: HTTPStatus) -> None:
+        self.status = status
+
+
+def resolve(target: str) -> tuple[str, bool]:
+    """Return the path, below the served directory and without ``..``, that a request's target names, and whether it must be a directory.
+
+    Raises ``ValueError`` for what no path can be.
+    """
+    path = target.partition("?")[0].partition("#")[0]
+    if not path.startswith("/"):
+        origin = _ABSOLUTE_FORM.match(path)
+        if origin is None:
+            raise ValueError(f"not a path: {target}")
+        path = path[origin.end() :] or "/"
+    names: list[str] = []
+    last = ""
+    for last in os.fsdecode(unquote_to_bytes(path.encode("utf-8", "surrogateescape"))).split("/"):
+        if last == "..":
+            del names[-1:]
+        elif last not in ("", "."):
+            names.append(last)
+    if any("\0" in name for name in names):
+        raise ValueError(f"not a path: {target}")
+    return "/".join(names), last in ("", ".", "..")
 
 
 def parse_range(header: str, size: int) -> range | None:
@@ -60,241 +113,195 @@ def parse_range(header: str, size: int) -> range | None:
     return wanted
 
 
-@final
-class FileServer(ThreadingHTTPServer):
-    """Serves ``directory`` over TLS; each connection in a thread of its own."""
-
-    request_queue_size = 128
-    daemon_threads = False  # they end when the server is closed
-
-    def __init__(
-        self, address: tuple[Any, ...], family: int, context: ktls.SSLContext, directory: Path
-    ) -> None:
-        self.address_family = family
-        self.directory = str(directory)
-        self._context = context
-        self._lock = threading.Lock()
-        self._connections: set[ktls.KTLSSocket] = set()
-        self._closing = False
-        super().__init__(address, _Handler)
-
-    def server_bind(self) -> None:
-        """Bind; ``HTTPServer`` would ask the DNS for our name here."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # typeshed: it may be a path
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Do one connection, from the handshake to close_notify, in its thread."""
-        tls = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        with tls, self._counted(tls):
-            tls.settimeout(_HANDSHAKE_TIMEOUT)
-            tls.do_handshake()
-            _Handler(tls, client_address, self)
-            tls.shutdown(socket.SHUT_WR)
-
-    @contextmanager
-    def _counted(self, tls: ktls.KTLSSocket) -> Iterator[None]:
-        """Keep ``tls`` among the connections until just before it is closed: then its descriptor may be somebody else's."""
-        with self._lock:
-            if self._closing:
-                raise ConnectionAbortedError("the server is closing")
-            self._connections.add(tls)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._connections.discard(tls)
-
-    def server_close(self) -> None:
-        """Stop listening, cut every connection, wait for the threads. Clients see that what they have is not all: no close_notify is sent."""
-        with self._lock:
-            self._closing = True
-            self._context.shutdown_timeout = _CLOSING_TIMEOUT
-            for tls in self._connections:
-                with suppress(OSError):
-                    socket.socket.shutdown(tls, socket.SHUT_RDWR)  # of TCP, not of TLS
-        super().server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line why a connection ended early."""
-        if self._closing:
-            return
-        error = sys.exception()
-        what = reason(error) if isinstance(error, OSError) else repr(error)
-        print(f"{client_address[0]}: connection ended: {_printable(what)}", file=sys.stderr)
+def accepted_codings(header: str) -> list[str]:
+    """Return the codings of ours that an Accept-Encoding header prefers to none at all, the most wanted first."""
+    quality: dict[str, float] = {}
+    for entry in header.lower().split(","):
+        coding, _, parameters = entry.partition(";")
+        weight = _QUALITY.fullmatch(parameters.strip()) if parameters else None
+        quality[coding.strip()] = float(weight[1]) if weight else 1.0
+    others = quality.get("*", 0.0)
+    plain = quality.get("identity", 0.0)
+    wanted = {coding: quality.get(coding, others) for coding in _CODINGS}
+    found = [coding for coding, weight in wanted.items() if weight > 0 and weight >= plain]
+    return sorted(found, key=lambda coding: -wanted[coding])  # stable: ours is the order of equals
 
 
-class _FileShrank(ConnectionAbortedError):
-    """Fewer bytes than promised: nothing may be sent in their place, so the connection ends here."""
+def answer(root: str, method: str, target: str, headers: Mapping[str, str]) -> Answer:
+    """Return the answer to a GET or HEAD request for ``target``, from the files below ``root``. Raises nothing: failures are answers."""
+    try:
+        relative, must_be_directory = resolve(target)
+        return _answer(root, relative, must_be_directory, method, target, headers)
+    except _Refused as refused:
+        status = refused.status
+    except PermissionError:
+        status = HTTPStatus.FORBIDDEN
+    except OSError as error:
+        scarce = error.errno in _NO_DESCRIPTORS
+        status = HTTPStatus.SERVICE_UNAVAILABLE if scarce else HTTPStatus.NOT_FOUND
+    except ValueError:
+        status = HTTPStatus.NOT_FOUND
+    return Answer(
+        status, {"Content-Type": "text/plain"}, f"{status.value} {status.phrase}\n".encode()
+    )
 
 
-@final
-class _Handler(SimpleHTTPRequestHandler):
-    server: FileServer
-    connection: ktls.KTLSSocket
-    protocol_version = "HTTP/1.1"
-    timeout = _IDLE_TIMEOUT
-
-    def __init__(self, request: ktls.KTLSSocket, client_address: Any, server: FileServer) -> None:
-        self._body = range(0)
-        self._status: int | None = None
-        self._sent = 0
-        super().__init__(request, client_address, server, directory=server.directory)
-
-    def version_string(self) -> str:
-        """Return the Server header field: no versions, they help only attackers."""
-        return "ktls"
-
-    def handle_one_request(self) -> None:
-        """Answer, then log: only now it is known what was sent."""
-        self._status, self._sent = None, 0
-        try:
-            super().handle_one_request()
-        finally:
-            if self._status is not None:
-                self._log_line(self._status)
-
-    def parse_request(self) -> bool:
-        """Parse; a body that came along is not read, so nothing after it can be taken for a request."""
-        parsed = super().parse_request()
-        if parsed and (
-            "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
-        ):
-            self.close_connection = True
-        return parsed
-
-    def send_head(self) -> Any:
-        """Send the head of the answer; return the file whose ``self._body`` follows, or None."""
-        path = self.translate_path(self.path)
-        if os.path.isdir(path):
-            index = os.path.join(path, "index.html")
-            if not path.endswith("/") or not os.path.isfile(index):
-                return super().send_head()  # redirect or listing
-            path = index
+def _answer(
+    root: str,
+    relative: str,
+    must_be_directory: bool,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+) -> Answer:
+    path = os.path.join(root, relative)
+    file = _open_regular(path)
+    if file is None:  # a directory
+        if not must_be_directory:
+            query = target.partition("?")[1:]
+            # Begins with one slash: two would name another host.
+            location = "/" + quote_from_bytes(os.fsencode(relative)) + "/" + "".join(query)
+            return Answer(HTTPStatus.MOVED_PERMANENTLY, {"Location": location})
+        path = os.path.join(path, "index.html")
         try:
             file = _open_regular(path)
-        except PermissionError:
-            self.send_error(HTTPStatus.FORBIDDEN)
-            return None
-        except (OSError, ValueError):
-            self.send_error(HTTPStatus.NOT_FOUND, "File not found")
-            return None
-        try:
-            goes_on = self._send_file_head(path, os.fstat(file.fileno()))
-        except BaseException:
-            file.close()
-            raise
-        if not goes_on:
-            file.close()
-            return None
-        return file
-
-    def copyfile(self, source: Any, outputfile: Any) -> None:
-        """Send the body; listings come from memory."""
-        if isinstance(source, io.BytesIO):
-            self._sent = self.wfile.write(source.getbuffer())
-        else:
-            self._sendfile(source)
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Keep the status; the line is written when the answer is out."""
-        self._status = int(code)
-
-    def log_error(self, format: str, *args: Any) -> None:  # noqa: A002  # the base class's name
-        """Say nothing more than the request's line does."""
-
-    def _sendfile(self, file: BinaryIO) -> None:
-        if not self._body:
-            return
-        promised = len(self._body)
-        file.seek(self._body.start)
-        try:
-            self.connection.sendfile(file, self._body.start, promised)
-        finally:
-            self._sent = file.tell() - self._body.start  # its position is right after errors, too
-        if self._sent != promised:
-            # Closing in order would send close_notify, and that means "this was all".
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
-            raise _FileShrank(f"the file shrank: {self._sent} of {promised} bytes sent")
-
-    def _send_file_head(self, path: str, status: os.stat_result) -> bool:
-        """Send status and header fields for a file; return whether a body follows."""
-        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"'
-        modified = self.date_time_string(int(status.st_mtime))
-        if self._not_modified(etag, int(status.st_mtime)):
-            self._head(HTTPStatus.NOT_MODIFIED, {"ETag": etag, "Last-Modified": modified})
-            return False
-        size = status.st_size
-        fields = {
-            "Content-Type": self.guess_type(path),
-            "Last-Modified": modified,
-            "ETag": etag,
-            "Accept-Ranges": "bytes",
-        }
-        try:
-            wanted = self._wanted_range(size, etag, modified)
-        except ValueError:
-            fields = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
-            self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, fields)
-            return False
-        self._body = range(size) if wanted is None else wanted
-        fields["Content-Length"] = str(len(self._body))
-        if wanted is not None:
-            fields["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size}"
-        self._head(HTTPStatus.OK if wanted is None else HTTPStatus.PARTIAL_CONTENT, fields)
-        return True
-
-    def _head(self, status: HTTPStatus, fields: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in fields.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def _not_modified(self, etag: str, modified: int) -> bool:
-        """RFC 9110 §13.2.2: If-None-Match, and only without it If-Modified-Since."""
-        tags = self.headers.get("If-None-Match")
-        if tags is not None:
-            found = {tag.strip().removeprefix("W/") for tag in tags.split(",")}
-            return etag in found or "*" in found
-        since = self.headers.get("If-Modified-Since")
-        if since is None:
-            return False
-        try:
-            return modified <= int(email.utils.parsedate_to_datetime(since).timestamp())
-        except (TypeError, ValueError, OverflowError):
-            return False
-
-    def _wanted_range(self, size: int, etag: str, modified: str) -> range | None:
-        """Return the part asked for, None for all of it; ``ValueError`` if it is outside of the file."""
-        header = self.headers.get("Range")
-        if header is None or self.command != "GET":
-            return None
-        condition = self.headers.get("If-Range")
-        # Strong comparison (RFC 9110 §13.1.5): for dates that means the very same text.
-        if condition is not None and condition.strip() not in (etag, modified):
-            return None
-        return parse_range(header, size)
-
-    def _log_line(self, status: int) -> None:
-        offload = self.connection.offload
-        request = _printable(self.requestline)
-        line = f'{self.client_address[0]} "{request}" {status} {self._sent} tx={offload.tx} rx={offload.rx}\n'
-        with suppress(OSError):  # whoever read the log has gone; that is no client's fault
-            sys.stdout.write(line)  # as one piece: other threads write too
-            sys.stdout.flush()
+        except FileNotFoundError:
+            file = None
+        if file is None:
+            fields = {"Content-Type": "text/html; charset=utf-8"}
+            return Answer(HTTPStatus.OK, fields, listing(os.path.join(root, relative), relative))
+    elif must_be_directory:
+        file.close()
+        raise _Refused(HTTPStatus.NOT_FOUND)
+    try:
+        return _file_answer(path, file, method, headers)
+    except BaseException:
+        file.close()
+        raise
 
 
-def _open_regular(path: str) -> IO[bytes]:
-    """Open ``path`` if it is a regular file: opening a pipe would wait, a device might do anything."""
+def _open_regular(path: str) -> BinaryIO | None:
+    """Open ``path`` if it is a regular file; None for a directory. Opening a pipe would wait, a device might do anything."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileNotFoundError(path)
-    return os.fdopen(descriptor, "rb")
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        # Unbuffered: what is read is read once, and most of it goes by sendfile.
+        return os.fdopen(descriptor, "rb", buffering=0)
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        return None
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
-def _printable(text: str) -> str:
-    """Escape what could forge log lines or drive a terminal."""
-    return "".join(
-        char if " " <= char <= "~" and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
-    )
+def _file_answer(path: str, file: BinaryIO, method: str, headers: Mapping[str, str]) -> Answer:
+    """Choose the representation, check the conditions, find the part. ``file`` is closed if it is not the answer's body."""
+    status = os.fstat(file.fileno())
+    fields = {"Content-Type": _media_type(path)}
+    file, status = _precompressed(path, file, status, headers, fields)
+    etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"'
+    modified = email.utils.formatdate(int(status.st_mtime), usegmt=True)
+    fields |= {"ETag": etag, "Last-Modified": modified, "Accept-Ranges": "bytes"}
+    failed = _failed_condition(headers, etag, int(status.st_mtime))
+    if failed is not None:
+        file.close()
+        del fields["Content-Type"]
+        return Answer(failed, fields)
+    try:
+        wanted = _wanted_range(headers, method, status.st_size, etag, modified)
+    except ValueError:
+        file.close()
+        refusal = {"Content-Range": f"bytes */{status.st_size}"}
+        return Answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, refusal)
+    if wanted is None:
+        return Answer(HTTPStatus.OK, fields, Body(file, range(status.st_size)))
+    fields["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{status.st_size}"
+    return Answer(HTTPStatus.PARTIAL_CONTENT, fields, Body(file, wanted))
+
+
+def _precompressed(
+    path: str,
+    file: BinaryIO,
+    status: os.stat_result,
+    headers: Mapping[str, str],
+    fields: dict[str, str],
+) -> tuple[BinaryIO, os.stat_result]:
+    """Exchange ``file`` for its most wanted precompressed form, if there is one; say in ``fields`` that there is a choice."""
+    if path.endswith(tuple(_CODINGS.values())):
+        return file, status
+    there = [name for name, suffix in _CODINGS.items() if _is_current(path + suffix, status)]
+    if not there:
+        return file, status
+    fields["Vary"] = "Accept-Encoding"
+    for coding in accepted_codings(headers.get("Accept-Encoding", "")):
+        if coding not in there:
+            continue
+        try:
+            compressed = _open_regular(path + _CODINGS[coding])
+        except OSError:  # not readable, or gone by now
+            continue
+        if compressed is not None:
+            file.close()
+            fields["Content-Encoding"] = coding
+            return compressed, os.fstat(compressed.fileno())
+    return file, status
+
+
+def _is_current(path: str, original: os.stat_result) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_mtime_ns >= original.st_mtime_ns
+
+
+def _media_type(path: str) -> str:
+    kind, encoding = mimetypes.guess_type(path)
+    if encoding is not None:
+        kind = _COMPRESSED_TYPES.get(encoding)
+    return kind or "application/octet-stream"
+
+
+# --- conditions --------------------------------------------------------------------------------------------------------
+
+
+def _failed_condition(headers: Mapping[str, str], etag: str, modified: int) -> HTTPStatus | None:
+    """RFC 9110 §13.2.2, in its order; the answer if a condition says that the file is not to be sent."""
+    tags = headers.get("If-Match")
+    if tags is not None:
+        if not _matches(tags, etag, weak=False):
+            return HTTPStatus.PRECONDITION_FAILED
+    elif (limit := _seconds(headers.get("If-Unmodified-Since"))) is not None and modified > limit:
+        return HTTPStatus.PRECONDITION_FAILED
+    tags = headers.get("If-None-Match")
+    if tags is not None:
+        return HTTPStatus.NOT_MODIFIED if _matches(tags, etag, weak=True) else None
+    since = _seconds(headers.get("If-Modified-Since"))
+    return HTTPStatus.NOT_MODIFIED if since is not None and modified <= since else None
+
+
+def _matches(header: str, etag: str, *, weak: bool) -> bool:
+    tags = {tag.strip() for tag in header.split(",")}
+    return "*" in tags or etag in tags or (weak and "W/" + etag in tags)
+
+
+def _seconds(date: str | None) -> int | None:
+    if date is None:
+        return None
+    try:
+        return int(email.utils.parsedate_to_datetime(date).timestamp())
+    except (TypeError, ValueError, OverflowError):
+        return None  # RFC 9110: what is no date is to be ignored
+
+
+def _wanted_range(
+    headers: Mapping[str, str], method: str, size: int, etag: str, modified: str
+) -> range | None:
+    """Return the part asked for, None for all of it; ``ValueError`` if it is outside of the file."""
+    header = headers.get("Range")
+    if header is None or method != "GET":
+        return None
+    condition = headers.get("If-Range")
+    # Strong comparison (RFC 9110 §13.1.5): for dates that means the very same text.
+    if condition is not None and condition.strip() not in (etag, modified):
+        return None
+    return parse_range(header, size)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
-import signal
+import re
 import socket
 import ssl
-import threading
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
 import ktls
 
 from .failure import Failure, reason
-from .http_files import FileServer
 from .local_ca import Identity, local_identity
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from ktls.handshake.handoff import OffloadPolicy
 
 __all__ = ("command",)
@@ -48,6 +47,25 @@ _BIND_ERRORS: Final = {
     show_default=True,
     help="Who protects the records.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="Processes that share the port. One that dies is replaced.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0.0, 86400.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running downloads have to finish after SIGTERM or ^C; a second signal ends them at once.",
+)
+@click.option(
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Show metrics for Prometheus at http://HOST:PORT/metrics; HOST is 127.0.0.1 unless given.",
+)
 def command(
     *,
     directory: str,
@@ -56,21 +74,52 @@ def command(
     cert: str | None,
     key: str | None,
     offload: OffloadPolicy,
+    workers: int,
+    grace: float,
+    metrics: str | None,
 ) -> int:
     """Serve the files in DIR over HTTPS.
 
     Without --cert, a certificate for this machine's names is made, by a local CA that is made as well.
     Every file below DIR can be read by everybody who can connect; symbolic links are followed.
+    Beside a file, FILE.br, FILE.zst and FILE.gz are sent in its place to clients that accept that coding, unless they are older.
     """
+    _require_extra()
     root = _directory(directory)
     if key is not None and cert is None:
         raise Failure("--key needs --cert")
     identity = _local_identity(host) if cert is None else None
     context = _context(identity, cert, key, offload)
-    with _bind(host, port, context, root) as server:
-        _announce(server, host, root, identity)
-        _run(server)
-    return 0
+    with ExitStack() as stack:
+        listeners = _listen(host, port, workers)
+        metrics_listener = None if metrics is None else _metrics_listener(metrics)
+        for listener in (*listeners, *([metrics_listener] if metrics_listener else [])):
+            stack.enter_context(listener)
+        if metrics_listener is not None:
+            click.echo(f"metrics on http://{_shown(metrics_listener)}/metrics")
+        _announce(listeners[0].getsockname()[1], host, root, identity)
+        shared = metrics_listener is not None and workers > 1
+        counts = stack.enter_context(TemporaryDirectory(prefix="ktls-")) if shared else None
+        return _run(
+            listeners,
+            root=str(root),
+            context=context,
+            grace=grace,
+            metrics_listener=metrics_listener,
+            metrics_directory=Path(counts) if counts is not None else None,
+        )
+
+
+def _require_extra() -> None:
+    for needed in ("aiohttp", "prometheus_client"):
+        try:
+            found = importlib.util.find_spec(needed)
+        except ValueError:  # it is there in name only
+            found = None
+        if found is None:
+            raise Failure(
+                f"the command needs {needed}, which is not installed: pip install 'ktls[cli]'"
+            )
 
 
 def _directory(directory: str) -> Path:
@@ -119,13 +168,15 @@ def _refuse_password() -> NoReturn:
     raise Failure("the key is encrypted: decrypt it first (openssl pkey)")
 
 
-def _bind(host: str, port: int, context: ktls.SSLContext, root: Path) -> FileServer:
+def _listen(host: str, port: int, shared: int = 1) -> list[socket.socket]:
+    from .serving import listen
+
     try:
         found = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
         )
         family, _, _, _, address = found[0]
-        return FileServer(address, family, context, root)
+        return listen(family, address, shared=shared)
     except socket.gaierror as error:
         raise Failure(f"unknown host {host}: {reason(error)}") from error
     except UnicodeError as error:
@@ -135,9 +186,22 @@ def _bind(host: str, port: int, context: ktls.SSLContext, root: Path) -> FileSer
         raise Failure(f"cannot listen on {host} port {port}: {why}") from error
 
 
-def _announce(server: FileServer, host: str, root: Path, identity: Identity | None) -> None:
+def _metrics_listener(where: str) -> socket.socket:
+    host, _, port = where.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port, re.ASCII) or int(port) > 65535:
+        raise Failure(f"--metrics needs [HOST:]PORT, not {where}")
+    (listener,) = _listen(host.strip("[]") or "127.0.0.1", int(port))
+    return listener
+
+
+def _shown(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _announce(port: int, host: str, root: Path, identity: Identity | None) -> None:
     name = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-    url = f"https://{name}:{server.server_address[1]}/"
+    url = f"https://{name}:{port}/"
     if identity is not None:
         installed = "/usr/local/share/ca-certificates/ktls-local-ca.crt"
         click.echo(
@@ -149,28 +213,39 @@ def _announce(server: FileServer, host: str, root: Path, identity: Identity | No
     click.echo(f"listening on {url} (files in {root})")
 
 
-def _run(server: FileServer) -> None:
-    """Serve until SIGINT or SIGTERM."""
-    stop = threading.Event()
+def _run(
+    listeners: list[socket.socket],
+    *,
+    root: str,
+    context: ktls.SSLContext,
+    grace: float,
+    metrics_listener: socket.socket | None,
+    metrics_directory: Path | None,
+) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status."""
+    from .metrics import forget_worker
+    from .serve_process import Plan, serve
+    from .workers import Supervisor
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    plan = Plan(
+        root=root,
+        context=context,
+        grace=grace,
+        metrics_listener=metrics_listener,
+        metrics_directory=metrics_directory,
+    )
+    if len(listeners) == 1:
+        serve(plan, listeners[0])
+        return 0
 
-    def serve() -> None:
-        try:
-            server.serve_forever()
-        finally:
-            stop.set()
+    def on_death(pid: int) -> None:
+        if metrics_directory is not None:
+            forget_worker(pid, metrics_directory)
 
-    before: dict[int, Any] = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    thread = threading.Thread(target=serve, name="ktls-serve")
-    thread.start()
-    try:
-        stop.wait()
-    finally:
-        server.shutdown()
-        thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    supervisor = Supervisor(
+        listeners,
+        lambda listener, lifeline: serve(plan, listener, lifeline),
+        grace=grace,
+        on_death=on_death,
+    )
+    return 0 if supervisor.run() else 1
