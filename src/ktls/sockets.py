@@ -27,6 +27,8 @@ from .waiting import for_read, for_write
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from ktls.handshake.result import HandshakeResult
+
 __all__ = ("KTLSSocket",)
 
 #: ``recv(n)`` allocates n bytes; more than this at once only costs memory.
@@ -196,23 +198,38 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
                 self._pump = self._start()
             pump, engine = self._pump
             self.perform(pump.run, lambda: pump.wants_write, "handshake")
+            self._pump = None
+            self._hand_off(engine.result())
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError as error:
+            if self._settings.observer is not None:
+                self._settings.observer.handshake_failed(error)
+            raise
         finally:
             if block and timeout == 0.0:
                 self.settimeout(timeout)
-        self._pump = None
-        result = engine.result()
+
+    def _hand_off(self, result: HandshakeResult) -> None:
+        observer = self._settings.observer
         self._driver, reason = hand_off(
             self._raw,
             result,
             policy=self._settings.offload,
             unavailable=self._unavailable,
             limits=self._settings.key_limits,
+            on_key_change=observer.key_changed if observer is not None else None,
         )
-        self._established = Established.of(result, reason)
+        self._established = established = Established.of(result, reason)
         self._session = None
         cache, key = self._settings.session_cache, self._cache_key()
         if cache is not None and key is not None and result.tickets is not None:
             result.tickets.subscribe(functools.partial(cache.store, key))
+        if observer is not None:
+            reused = established.info.session_reused
+            observer.handshake_completed(
+                established.version, established.cipher[0], reused, self.offload
+            )
 
     def _start(self) -> tuple[HandshakePump, HandshakeEngine]:
         self.getpeername()  # ENOTCONN is clearer than what the engine would say
@@ -287,6 +304,20 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
         if self._server_side:
             raise ValueError("Cannot set session for server-side SSLSocket")
         self._session = session
+
+    def _real_close(self) -> None:
+        observer = self._settings.observer
+        if observer is None or self._driver is None:
+            super()._real_close()
+            return
+        offload, failure = self.offload, None
+        try:
+            super()._real_close()
+        except OSError as error:
+            failure = error
+            raise
+        finally:
+            observer.connection_ended(offload, failure)
 
     def _release(self) -> None:
         tickets = self._established.tickets if self._established is not None else None

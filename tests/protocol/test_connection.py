@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ktls.protocol.connection import KernelConnection
-from ktls.protocol.enums import AlertDescription, ContentType, Direction, ProtocolVersion, Role
+from ktls.protocol.enums import (
+    AlertDescription,
+    ContentType,
+    Direction,
+    KeyChangeCause,
+    ProtocolVersion,
+    Role,
+)
 from ktls.protocol.errors import AlertReceived, LocalProtocolError, RemoteProtocolError
 from ktls.protocol.limits import KeyLimits
 from ktls.protocol.states import (
@@ -46,7 +53,9 @@ from .helpers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from ktls.protocol.states import ConnectionState
 
 SEND_KU = SendMessage(ContentType.HANDSHAKE, KU)
 SEND_KU_REQUEST = SendMessage(ContentType.HANDSHAKE, KU_REQUEST)
@@ -750,3 +759,23 @@ def test_an_empty_alert_record_is_unexpected() -> None:
     with pytest.raises(RemoteProtocolError, match="empty alert") as caught:
         receive(conn, InboundPlainMessage(ContentType.ALERT, b""))
     assert caught.value.alert is UNEXPECTED
+
+
+# --- why a key was changed ----------------------------------------------------------------------------------------
+
+
+def cause_of(items: Sequence[ConnectionState]) -> KeyChangeCause:
+    (update,) = (item for item in items if isinstance(item, UpdateTxKey))
+    return update.cause
+
+
+def test_the_cause_of_a_change_is_told() -> None:
+    conn = connect()
+    assert cause_of(conn.refresh_traffic_keys(now=0.0)) is KeyChangeCause.APPLICATION
+    conn.tx_key_installed(1)
+    assert cause_of(receive(conn, handshake(KU_REQUEST))) is KeyChangeCause.PEER_REQUEST
+    conn.tx_key_installed(2)
+    for direction in Direction:
+        items = conn.record_usage(direction, 2**23, now=0.0)
+        assert cause_of(items) is KeyChangeCause.LIMIT
+        conn.tx_key_installed(conn.tx_generation)

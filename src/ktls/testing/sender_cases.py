@@ -11,7 +11,7 @@ from typing import Final
 from ktls.protocol.enums import ContentType
 from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import MAX_FRAGMENT
-from ktls.record.interface import RecordSender
+from ktls.record.interface import ReadBuffer, RecordSender
 
 from .bench import (
     DATA,
@@ -31,6 +31,7 @@ from .peers import RecordPeer, eventually, made_up_keys, pattern, turns, wait_re
 __all__ = (
     "SENDER_CASES",
     "SENDER_REKEY_CASES",
+    "a_vector_is_one_piece",
     "any_bytes_like_object_is_sent",
     "bad_file_is_no_harm",
     "control_records_go_out_whole_and_in_order",
@@ -70,6 +71,19 @@ def any_bytes_like_object_is_sent(bench: Bench) -> None:
         for data in (b"abc", bytearray(b"abc"), memoryview(b"xabcx")[1:4]):
             expect(sender.send(data) == 3, "3 bytes fit")
             expect(peer.read_data(3) == b"abc", "the bytes changed")
+
+
+def a_vector_is_one_piece(bench: Bench) -> None:
+    pieces: list[ReadBuffer] = [b"one", bytearray(b"two"), memoryview(b"xthreex")[1:6]]
+    with bench.sending() as (sender, peer, _):
+        expect(sender.send_vector(pieces) == 11, "11 bytes fit")
+        expect(_fragment(peer, DATA) == b"onetwothree", "the pieces do not share a record")
+    many: list[ReadBuffer] = [bytes((number % 256,)) * 20 for number in range(2000)]
+    with bench.sending() as (sender, peer, _):
+        accepted = sender.send_vector(many)
+        expect(accepted > 1000, f"only {accepted} bytes of 2,000 pieces were sent")
+        expect(peer.read_data(accepted) == b"".join(many)[:accepted], "the bytes changed")
+        expect(sender.sequence_number() == peer.rx.sequence_number, "records are not counted")
 
 
 def no_data_is_no_record(bench: Bench) -> None:
@@ -342,6 +356,7 @@ def _file(content: bytes) -> tempfile._TemporaryFileWrapper[bytes]:
 SENDER_CASES: Final[tuple[Case, ...]] = (
     data_of_any_size_arrives,
     any_bytes_like_object_is_sent,
+    a_vector_is_one_piece,
     no_data_is_no_record,
     records_are_full,
     control_records_go_out_whole_and_in_order,
