@@ -186,7 +186,9 @@ class Handshake:
         result = engine.result()
         try:
             transport = self._make_transport(result)
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._fail(error)
             return
         waiter = self.waiter

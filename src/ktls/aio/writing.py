@@ -127,7 +127,7 @@ class WritingTransport(ReadingTransport):
                 self._write_failed(error)
                 return
             if sent == len(data):
-                if not self._direct:
+                if not self._direct and self._driver.unsent:
                     self._wait_for_room()
                 return
             data = memoryview(data)[sent:]
@@ -153,7 +153,7 @@ class WritingTransport(ReadingTransport):
             buffers = _behind(buffers, sent)
         for data in buffers:
             self._enqueue(data)
-        if not self._direct:
+        if not self._direct and self._driver.unsent:
             self._wait_for_room()
 
     def send_file(self, part: FilePart | Mark | Mark) -> None:
