@@ -8,6 +8,8 @@ Rooms, from the bottom up; imports go downward only:
     record/      who protects the bytes: kernel, userspace, engine; the driver that runs the protocol's commands
     handshake/   how the secrets come to be: engine, key log tap, hand-off, ticket relay
     sockets.py, context.py (and their helpers)   the blocking front end
+    aio/         the asyncio front end; anyio/ the same for anyio and trio
+    asgi/        an HTTP protocol for uvicorn
     cli/         one module per command
     testing/     public: the record-layer contract suite
 """
@@ -29,7 +31,7 @@ from ktls.protocol.errors import (
 )
 from ktls.protocol.limits import DirectionUsage, KeyLimits, KeyUsage
 from ktls.record.probe import Capabilities, probe
-from ktls.settings import Settings
+from ktls.settings import Observer, Settings
 from ktls.sockets import KTLSSocket
 
 __all__ = (
@@ -43,6 +45,7 @@ __all__ = (
     "KeyLimits",
     "KeyUsage",
     "LocalProtocolError",
+    "Observer",
     "Offload",
     "OffloadError",
     "RemoteProtocolError",

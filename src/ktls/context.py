@@ -13,7 +13,7 @@ from ktls.handshake.keylog import tap_for
 from ktls.handshake.sessions import SessionCache
 from ktls.protocol.limits import KeyLimits
 
-from .settings import Settings, settings_of
+from .settings import Observer, Settings, settings_of
 from .sockets import KTLSSocket
 
 if TYPE_CHECKING:
@@ -87,6 +87,15 @@ class SSLContext(ssl.SSLContext):
     @session_cache.setter
     def session_cache(self, cache: SessionCache | None) -> None:
         self._ktls_settings.session_cache = cache
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who is told what happens on connections of this context; None for nobody."""
+        return self._ktls_settings.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._ktls_settings.observer = observer
 
     @property  # type: ignore[override]  # typeshed forgets that it may be None
     def keylog_filename(self) -> str | None:

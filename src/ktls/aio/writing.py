@@ -156,7 +156,7 @@ class WritingTransport(ReadingTransport):
         if not self._direct and self._driver.unsent:
             self._wait_for_room()
 
-    def send_file(self, part: FilePart | Mark | Mark) -> None:
+    def send_file(self, part: FilePart | Mark) -> None:
         """Send ``part`` of a file behind everything written so far; ``part.done`` tells the end of it, or the error."""
         if not self._may_write():
             part.done.set_exception(ConnectionResetError(errno.ECONNRESET, "connection lost"))
@@ -167,7 +167,7 @@ class WritingTransport(ReadingTransport):
         else:
             self._queue.append(part)
 
-    def drop_file(self, part: FilePart | Mark | Mark) -> None:
+    def drop_file(self, part: FilePart | Mark) -> None:
         """Send no more of ``part``: whoever waited for it has given up."""
         if self._queue is not None and part in self._queue:
             self._queue.remove(part)
@@ -266,7 +266,7 @@ class WritingTransport(ReadingTransport):
             sent -= len(entry)
 
     def _send_piece(
-        self, queue: deque[_Data | FilePart | Mark], part: FilePart | Mark | Mark
+        self, queue: deque[_Data | FilePart | Mark], part: FilePart | Mark
     ) -> None:
         try:
             last = part.send(self._driver)
