@@ -23,12 +23,11 @@ class KTLSObject(EstablishedFacts):
     It doesn't read, write or unwrap: that is the transport's.
     """
 
-    __slots__ = ("_established", "_server_side", "_transport")
+    __slots__ = ("_established", "_transport")
 
     def __init__(self, transport: KTLSTransport) -> None:
         self._transport = transport
         self._established = transport.established
-        self._server_side = transport.terms.server_side
 
     def __repr__(self) -> str:
         return f"<ktls.aio.KTLSObject {self.version()} {self.offload}>"
@@ -41,7 +40,7 @@ class KTLSObject(EstablishedFacts):
     @property
     def server_side(self) -> bool:
         """Whether we are the server."""
-        return self._server_side
+        return self._transport.server_side
 
     @property
     def server_hostname(self) -> str | None:

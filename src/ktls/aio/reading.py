@@ -151,7 +151,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
 
     def _start_reading(self) -> None:
         """Watch the socket, and look at once: the loop can't see what a layer holds, nor what the kernel hides."""
-        if not (self._reading or self._paused or self._ended):
+        if not (self._reading or self._paused or self._ended or self._closing):
             self._reading = True
             self._loop.add_reader(self._fd, self._on_readable)
             self._loop.call_soon(self._look_again)

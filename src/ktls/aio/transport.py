@@ -57,6 +57,7 @@ class KTLSTransport(WritingTransport):
         "_peername",
         "_sockname",
         "established",
+        "server_side",
         "terms",
         "truncated",
     )
@@ -82,6 +83,8 @@ class KTLSTransport(WritingTransport):
         self._init_writing()
         self.set_protocol(protocol)
         self.terms = terms
+        #: Known also when the terms are gone.
+        self.server_side = terms.server_side
         self.established = established
         #: Whether TCP ended without close_notify.
         self.truncated = False
@@ -153,7 +156,7 @@ class KTLSTransport(WritingTransport):
 
     def can_write_eof(self) -> bool:
         """Whether ``write_eof`` works: TLS 1.3 has a half close. (Not where the handshake engine protects the records.)"""
-        return self.established.version == "TLSv1.3" and self._driver.tx_layer != "engine"
+        return self.established.version == "TLSv1.3" and self.offload.tx != "engine"
 
     # --- for the closer ----------------------------------------------------------------------------------------
 
