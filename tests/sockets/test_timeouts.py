@@ -455,3 +455,18 @@ def test_reader_keeps_its_timeout_while_another_thread_shuts_down(net: Net, laye
         reading.result(timeout=LATE)
     assert link.ours.gettimeout() == 0.5
     assert not os.get_blocking(link.ours.fileno())
+
+
+def test_a_sender_takes_nothing_from_a_reader_that_polls(net: Net) -> None:
+    """In user space a long ``sendall`` reads ahead, for control records; a reader that waits in ``poll`` would never hear of data that came with them."""
+    link = net.link(Case(offload="userspace"), timeout=LATE)
+    driver = link.ours._driver
+    assert driver is not None
+    with pytest.raises(BlockingIOError):  # as a reader does, and then it polls
+        driver.recv_into(bytearray(1), 1, socket.MSG_DONTWAIT)
+    link.theirs.sendall(b"data")
+    for _ in range(2):
+        assert select.select([link.ours], [], [], LATE)[0]
+        driver.settle(read_ahead=True)
+    assert link.ours.pending() == 0
+    assert link.ours.recv(100) == b"data"

@@ -57,6 +57,7 @@ class ReceivingHalf:
     """Everything that comes in. What is owed in answer goes to ``sending``. ``locks``: rx and state."""
 
     __slots__ = (
+        "_awaited",
         "_clock",
         "_connection",
         "_early",
@@ -95,6 +96,8 @@ class ReceivingHalf:
         self._end: OSError | PeerClosed | None = None
         #: A key that the layer has refused for now (no memory): nothing is read before it is in.
         self._install: UpdateRxKey | None = None
+        #: Whether the last reader was told to wait: it may poll now, and would not hear of what somebody else takes from TCP.
+        self._awaited = False
         #: Application data that a slow path met.
         self._early = b""
         #: Whether any of the above makes the next read a special case.
@@ -116,6 +119,7 @@ class ReceivingHalf:
         changed its key and this layer can't), ``OSError`` from the network. All but the first are raised by every further call too.
         """
         with self._lock:
+            self._awaited = False
             while True:
                 if self._special:
                     if self._early:
@@ -173,7 +177,7 @@ class ReceivingHalf:
         """Handle control records that are next, without waiting, and without taking application data. Errors are kept for the next read.
 
         In the kernel these may be records that ``poll`` does not show. In user space it takes ``read_ahead``, and then data may end up in this
-        process (``pending``) that ``poll`` does not show.
+        process (``pending``) that ``poll`` does not show; so nothing is done there after a read that would have blocked, until the next read.
         """
         if not self._lock.acquire(blocking=False):
             return  # a reader is at work: it meets everything
@@ -182,7 +186,8 @@ class ReceivingHalf:
                 if self._install is not None:
                     self._read_record(socket.MSG_DONTWAIT)
                     continue
-                layer = self._kernel_receiver() or (self._receiver if read_ahead else None)
+                may_take = read_ahead and not self._awaited
+                layer = self._kernel_receiver() or (self._receiver if may_take else None)
                 if layer is None or not layer.record_waits():
                     return
                 self._read_record(socket.MSG_DONTWAIT)
@@ -321,6 +326,8 @@ class ReceivingHalf:
             with self._state_lock:
                 self._fail(error, self._may_alert())
             self._sending.run_owed()
+        elif error.errno == errno.EAGAIN:
+            self._awaited = True
         elif error.errno in DEAD_ERRNOS:
             self._end = error
             self._special = True
