@@ -14,7 +14,7 @@ from ktls.anyio import KTLSAttribute
 
 from ..sockets.helpers import Case, Net, pattern, read_all, read_exactly
 from ..support import TLS12, TlsStat
-from .helpers import Backend, connect, ended_untruthfully, generations, result
+from .helpers import Backend, connect, ended_untruthfully, generations, result, until
 from .test_stream import changing, ending
 
 DATA = pattern(1_500_000)
@@ -129,6 +129,7 @@ def test_a_file_that_is_cancelled(
         with path.open("rb") if descriptor else io.BytesIO(DATA) as file:
             async with anyio.create_task_group() as group:
                 group.start_soon(link.ours.sendfile, file)
+                await until(lambda: link.ours._torn)
                 await anyio.wait_all_tasks_blocked()
                 with pytest.raises(BusyResourceError):
                     await link.ours.sendfile(file)

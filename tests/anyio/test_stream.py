@@ -410,8 +410,10 @@ def test_an_alert_reaches_who_only_sends(net: Net, backend: Backend) -> None:
     backend.run(main)
 
 
-def test_a_bad_record_reaches_who_only_sends(net: Net, backend: Backend) -> None:
-    """With kernel TLS the descriptor is "ready" for ever after it. In user space there has to be room first."""
+@pytest.mark.parametrize("bad", ["tag", "header"])
+def test_a_bad_record_reaches_who_only_sends(net: Net, backend: Backend, bad: str) -> None:
+    """Once there is room. The kernel tells of a bad header before: then the descriptor is "ready" for ever, and whoever waits for room must not spin."""
+    header = b"\x17\x03\x03\x00\x20" if bad == "tag" else b"\x17\x05\x05\x00\x20"
 
     async def main() -> None:
         net.context("ktls", "server").offload = "userspace"  # so that it can send anything
@@ -425,8 +427,8 @@ def test_a_bad_record_reaches_who_only_sends(net: Net, backend: Backend) -> None
 
             group.start_soon(send)
             await wait_all_tasks_blocked()
-            link.theirs._raw.send(b"\x17\x03\x03\x00\x20" + bytes(32))
-            if KTLS_PEER.rx_layer == "userspace":
+            link.theirs._raw.send(header + bytes(32))
+            if bad == "tag" or KTLS_PEER.rx_layer == "userspace":
                 net.spawn(read_exactly, link.theirs, 1_000_000)
         with pytest.raises(BrokenResourceError) as caught:
             await link.ours.receive()

@@ -99,6 +99,10 @@ async def take_over(transport: SocketStream | socket.socket) -> tuple[socket.soc
 
 
 async def _close_and_drain(stream: SocketStream) -> bytes:
+    # Before anyio 4.16 its streams on asyncio send FIN when they are closed, unless the transport below is closing already. There is no public way to it.
+    abort = getattr(getattr(stream, "_transport", None), "abort", None)
+    if abort is not None:
+        abort()
     await stream.aclose()
     taken = b""
     while True:
