@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import TlsStat
+from tests.support import HOST, TlsStat
 
 from .helpers import (
     H11,
@@ -18,6 +20,7 @@ from .helpers import (
     Server,
     body,
     pathsend,
+    request,
     sends,
     start,
     zerocopysend,
@@ -75,6 +78,55 @@ def test_the_kernel_encrypts_what_sendfile_sends(
     assert sendfile.sent == 2 * len(contents) + 100_000
     assert tls_stat["TlsTxSw"] == 1
     assert tls_stat["TlsDecryptError"] == 0
+
+
+def count_records(stream: bytes) -> int:
+    """Count the records in ``stream``, which must be whole."""
+    count = 0
+    while stream:
+        length = int.from_bytes(stream[3:5])
+        assert len(stream) >= 5 + length
+        stream = stream[5 + length :]
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("server", OURS, ids=str, indirect=True)
+def test_a_small_file_is_one_record_with_its_head(server: Server, small: Path) -> None:
+    server.app = sends(start(small.stat().st_size), pathsend(small))
+    assert server.context is not None
+    inward, outward = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = server.context.wrap_bio(inward, outward, server_hostname=HOST)
+    with socket.create_connection(server.address) as sock:
+        sock.settimeout(20)
+
+        def receive() -> bytes:
+            data = sock.recv(65536)
+            assert data
+            inward.write(data)
+            return data
+
+        def exchange() -> bytes:
+            """Make a request; return what came over the wire for it."""
+            tls.write(request())
+            sock.sendall(outward.read())
+            wire, received = b"", b""
+            while not received.endswith(small.read_bytes()):
+                try:
+                    received += tls.read(65536)
+                except ssl.SSLWantReadError:
+                    wire += receive()
+            return wire
+
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outward.read())
+                receive()
+        exchange()  # there may be tickets before this response, never before the next
+        assert count_records(exchange()) == 1
 
 
 @pytest.mark.parametrize(
