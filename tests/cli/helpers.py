@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import os
 import queue
+import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import ktls
@@ -21,7 +26,6 @@ from ktls.settings import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from ktls.cli.local_ca import Identity
     from ktls.cli.metrics import Metrics
@@ -113,6 +117,63 @@ def running_server(
         running.join()
 
 
+@dataclass(frozen=True)
+class Command(LocalServer):
+    """``ktls serve`` as a process of its own."""
+
+    process: subprocess.Popen[str]
+    #: What it announced.
+    said: list[str]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What ``--metrics`` shows: series -> value."""
+        url = next(line.split()[2] for line in self.said if line.startswith("metrics on "))
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return parse_metrics(answer.read().decode())
+
+    @property
+    def workers(self) -> list[int]:
+        """Process ids."""
+        pid = self.process.pid
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+
+    def end(self, number: int = signal.SIGTERM) -> str:
+        """Send a signal; return what was said on stderr when the process has ended well."""
+        self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, err
+        return err
+
+
+@contextlib.contextmanager
+def serve_command(directory: Path, data_home: Path, *options: str) -> Iterator[Command]:
+    """Run ``ktls serve`` on a free port."""
+    command = [sys.executable, "-m", "ktls", "serve", str(directory), "--port", "0", *options]
+    with subprocess.Popen(
+        command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said: list[str] = []
+            while not (said and said[-1].startswith("listening on ")):
+                line = process.stdout.readline()
+                assert line, process.stderr and process.stderr.read()
+                said.append(line)
+            port = int(said[-1].split()[2].rstrip("/").rpartition(":")[2])
+            yield Command(port, directory, data_home / "ktls" / "ca.pem", process, said)
+        finally:
+            process.kill()
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Series -> value."""
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
 class ScriptedServer:
     """Accepts TLS connections; keeps each request's head, and answers with the next script.
 
@@ -168,6 +229,14 @@ class ScriptedServer:
             if not cut:
                 with contextlib.suppress(OSError):
                     tls.unwrap()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process is about to do."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_for(read: Callable[[], str], text: str) -> str:

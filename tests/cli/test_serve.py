@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import os
@@ -10,14 +11,13 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ktls.cli.http_files import parse_range
+from ktls.cli.file_app import ONE_RECORD
 
-from .helpers import LocalServer, client_context, running_server, wait_for
+from .helpers import LocalServer, client_context, running_server, serve_command, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ktls.cli.local_ca import Identity
 
 DATA = bytes(range(256)) * 400  # several records
-BIG = 32 << 20  # more than any socket buffer
+BIG = 20 << 20  # more than any socket buffer
 
 
 def make_big(path: Path) -> None:
@@ -47,39 +47,6 @@ def file(server: LocalServer) -> Path:
     path = server.directory / "file.bin"
     path.write_bytes(DATA)
     return path
-
-
-# --- ranges --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("header", "wanted"),
-    [
-        ("bytes=0-0", range(1)),
-        ("bytes=0-", range(10)),
-        ("bytes=5-7", range(5, 8)),
-        ("bytes=5-99", range(5, 10)),
-        ("Bytes=9-", range(9, 10)),
-        ("bytes=-3", range(7, 10)),
-        ("bytes=-99", range(10)),
-        # to be ignored
-        ("bytes=5-4", None),
-        ("bytes=-", None),
-        ("bytes=0-1,3-4", None),
-        ("lines=0-1", None),
-        ("bytes=a-b", None),
-        ("bytes=\u0661-", None),
-        ("", None),
-    ],
-)
-def test_ranges(header: str, wanted: range | None) -> None:
-    assert parse_range(header, 10) == wanted
-
-
-@pytest.mark.parametrize(("header", "size"), [("bytes=10-", 10), ("bytes=-0", 10), ("bytes=0-", 0)])
-def test_ranges_outside(header: str, size: int) -> None:
-    with pytest.raises(ValueError, match="outside"):
-        parse_range(header, size)
 
 
 # --- the protocol --------------------------------------------------------------------------------------------------
@@ -181,6 +148,91 @@ def test_not_modified(server: LocalServer, file: Path) -> None:
         assert status(If_Modified_Since=modified) == 304
         assert status(If_Modified_Since="Mon, 01 Jan 2001 00:00:00 GMT") == 200
         assert status(If_Modified_Since="nonsense") == 200
+
+
+def test_precondition(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        headers = get(connection, "/file.bin", "HEAD")[0].headers
+        etag, modified = headers["ETag"], headers["Last-Modified"]
+
+        def status(**fields: str) -> int:
+            return get(connection, "/file.bin", **fields)[0].status
+
+        assert status(If_Match=etag) == 200
+        assert status(If_Match="*") == 200
+        assert status(If_Match=f"W/{etag}") == 412  # RFC 9110 §13.1.1: strong comparison
+        assert status(If_Match='"x"', If_Unmodified_Since=modified) == 412
+        assert status(If_Unmodified_Since=modified) == 200
+        assert status(If_Unmodified_Since="Mon, 01 Jan 2001 00:00:00 GMT") == 412
+        assert status(If_Unmodified_Since="nonsense") == 200
+
+
+def test_precompressed(server: LocalServer) -> None:
+    page, packed = server.directory / "page.html", server.directory / "page.html.gz"
+    page.write_text("plain", encoding="ascii")
+    with server.connection() as connection:
+        assert "Vary" not in get(connection, "/page.html")[0].headers
+        packed.write_bytes(gzip.compress(b"packed"))
+        response, body = get(connection, "/page.html", Accept_Encoding="br, gzip")
+        assert gzip.decompress(body) == b"packed"
+        assert response.headers["Content-Encoding"] == "gzip"
+        assert response.headers["Content-Type"] == "text/html"
+        assert response.headers["Vary"] == "Accept-Encoding"
+        etag = response.headers["ETag"]
+        again, _ = get(connection, "/page.html", Accept_Encoding="gzip", If_None_Match=etag)
+        assert (again.status, again.headers["Vary"]) == (304, "Accept-Encoding")
+        for accepted in ("identity", "br", "gzip;q=0", "gzip;q=0.5, identity"):
+            response, body = get(connection, "/page.html", Accept_Encoding=accepted)
+            assert (body, response.headers["Vary"]) == (b"plain", "Accept-Encoding")
+            assert "Content-Encoding" not in response.headers
+            assert response.headers["ETag"] != etag
+        # As itself it is a file like any other.
+        response, body = get(connection, "/page.html.gz", Accept_Encoding="gzip")
+        assert gzip.decompress(body) == b"packed"
+        assert response.headers["Content-Type"] == "application/gzip"
+        assert "Content-Encoding" not in response.headers
+
+
+def test_precompressed_that_is_older_is_not_sent(server: LocalServer) -> None:
+    page, packed = server.directory / "page.html", server.directory / "page.html.gz"
+    packed.write_bytes(gzip.compress(b"packed"))
+    page.write_text("plain", encoding="ascii")
+    os.utime(packed, (1e9, 1e9))
+    with server.connection() as connection:
+        response, body = get(connection, "/page.html", Accept_Encoding="gzip")
+        assert (body, response.headers["Vary"]) == (b"plain", None)
+
+
+def test_precompressed_part(server: LocalServer, file: Path) -> None:
+    (server.directory / "file.bin.br").write_bytes(DATA[::-1])
+    with server.connection() as connection:
+        response, body = get(
+            connection, "/file.bin", Accept_Encoding="br", Range="bytes=20000-59999"
+        )
+        assert (response.status, body) == (206, DATA[::-1][20000:60000])
+        assert response.headers["Content-Encoding"] == "br"
+
+
+@pytest.mark.parametrize("size", [ONE_RECORD - 1, ONE_RECORD, ONE_RECORD + 1])
+def test_around_one_record(server: LocalServer, size: int) -> None:
+    (server.directory / "file").write_bytes(DATA[:size])
+    with server.connection() as connection:
+        assert get(connection, "/file")[1] == DATA[:size]
+        assert get(connection, "/file", Range="bytes=3-")[1] == DATA[3:size]
+
+
+def test_absolute_target(server: LocalServer, file: Path) -> None:
+    with server.connection() as connection:
+        assert get(connection, "https://any.example/file.bin?x#y")[1] == DATA
+        response, _ = get(connection, "https://any.example")
+        assert response.status == 200
+
+
+def test_redirects_stay_here(server: LocalServer) -> None:
+    (server.directory / "evil.example").mkdir()
+    with server.connection() as connection:
+        response, _ = get(connection, "//evil.example?x=1")
+        assert (response.status, response.headers["Location"]) == (301, "/evil.example/?x=1")
 
 
 def test_etag_changes_with_the_file(server: LocalServer, file: Path) -> None:
@@ -405,30 +457,11 @@ def test_end_cuts_what_does_not_finish(
 def test_command(tmp_path: Path, data_home: Path, number: int) -> None:
     """From start to signal, with curl as the client if there is one."""
     (tmp_path / "a").write_bytes(DATA)
-    with subprocess.Popen(
-        [sys.executable, "-m", "ktls", "serve", str(tmp_path), "--port", "0"],
-        env=os.environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            said: list[str] = []
-            while not (said and said[-1].startswith("listening on ")):
-                line = process.stdout.readline()
-                assert line, process.stderr and process.stderr.read()
-                said.append(line)
-            url = said[-1].split()[2]
-            ca = data_home / "ktls" / "ca.pem"
-            assert any(f"--cacert {ca}" in line for line in said)
-            if curl := shutil.which("curl"):
-                use_curl(curl, str(ca), url)
-            process.send_signal(number)
-            _, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert (process.returncode, err) == (0, "")
+    with serve_command(tmp_path, data_home) as command:
+        assert any(f"--cacert {command.ca}" in line for line in command.said)
+        if curl := shutil.which("curl"):
+            use_curl(curl, str(command.ca), command.said[-1].split()[2])
+        assert command.end(number) == ""
 
 
 def use_curl(curl: str, ca: str, url: str) -> None:
