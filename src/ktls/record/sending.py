@@ -8,17 +8,21 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Iterable
-from typing import final
+from typing import Final, final
 
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import ContentType, Direction
 from ktls.protocol.errors import KeyLimitError, KTLSError, LocalProtocolError
 from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
+from ktls.protocol.suites import MAX_FRAGMENT
 
 from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordSender
 from .meter import Meter
 
 __all__ = ("SendingHalf",)
+
+#: A full fragment has 2^14 bytes.
+_FRAGMENT_BITS: Final = 14
 
 
 def _beginning(buffers: list[ReadBuffer], count: int) -> list[ReadBuffer]:
@@ -39,7 +43,9 @@ class SendingHalf:
     __slots__ = (
         "_clock",
         "_connection",
+        "_direct",
         "_error",
+        "_granted",
         "_lock",
         "_meter",
         "_on_key_change",
@@ -47,6 +53,7 @@ class SendingHalf:
         "_sender",
         "_state_lock",
         "failure",
+        "grant",
     )
 
     def __init__(
@@ -57,7 +64,9 @@ class SendingHalf:
         *,
         on_key_change: KeyChangeObserver | None,
         clock: Callable[[], float],
+        direct: bool,
     ) -> None:
+        """``direct``: all calls come from one thread, so that data may go out without a look at anything but ``grant``."""
         self._connection = connection
         self._sender = sender
         self._on_key_change = on_key_change
@@ -70,6 +79,9 @@ class SendingHalf:
         self._error: OSError | None = None
         #: What made the connection fail, if the receiving half found it.
         self.failure: OSError | None = None
+        self._direct = direct and sender.name == "kernel" and sender.max_fragment == MAX_FRAGMENT
+        #: Records that may be sent right away: nothing is owed, nothing has failed, no limit is near. 0: look first.
+        self.grant = self._granted = 0
 
     @property
     def owes(self) -> bool:
@@ -88,6 +100,15 @@ class SendingHalf:
         last, every further call raises it again.
         """
         size = len(data)
+        grant = self.grant
+        if grant > size >> _FRAGMENT_BITS:
+            try:
+                sent = self._sender.send(data, flags)
+            except OSError as error:
+                self._failed(error)
+                raise
+            self.grant = grant - (sent >> _FRAGMENT_BITS) - 1
+            return sent
         if not size:
             return 0
         try:
@@ -102,6 +123,8 @@ class SendingHalf:
                     self._failed(error)
                     raise
                 self._meter.used(-(-sent // self._sender.max_fragment), sent)
+                if self._direct and not self._owed:
+                    self.grant = self._granted = self._meter.spare()
         finally:
             self._released()
         return sent
@@ -193,14 +216,26 @@ class SendingHalf:
 
     def owe(self, items: Iterable[ConnectionState]) -> None:
         """Queue the sending commands among ``items``. Under the state lock."""
+        self.look_first()
         for item in items:
             if isinstance(item, SendMessage | UpdateTxKey):
                 self._owed.append(item)
 
+    def look_first(self) -> None:
+        """Let nothing go out without a look at everything, and count what did."""
+        self._meter.used(self._granted - self.grant, 0)
+        self.grant = self._granted = 0
+
     def _prepare_data(self, flags: int) -> None:
         """Make sure that application data may go out now. Under the tx lock."""
+        self.look_first()
         if self._owed:
-            self._run_owed(flags)
+            try:
+                self._run_owed(flags)
+            except BlockingIOError:
+                if self._connection.tx_state is HalfState.FAILED:
+                    self._refuse_data(flags)  # whoever sends need not wait for the alert
+                raise
         if self._error is not None:
             raise self._error.with_traceback(None)
         if self._meter.due():
@@ -282,13 +317,16 @@ class SendingHalf:
 
     def network_failed(self, error: OSError) -> None:
         """Note that the receiving half found the network gone."""
+        self.look_first()
         self._error = self._error or error
 
     def alert(self, fragment: bytes) -> None:
         """Queue an alert behind what is owed already. Under the state lock."""
+        self.look_first()
         self._owed.append(SendMessage(ContentType.ALERT, fragment))
 
     def _failed(self, error: OSError) -> None:
         """Remember a network error: the kernel reports it once, and then pretends to send."""
         if error.errno in DEAD_ERRNOS:
+            self.look_first()
             self._error = self._error or error
