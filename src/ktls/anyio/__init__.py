@@ -3,6 +3,11 @@
 ``connect_tcp`` and ``create_tcp_listener`` stand where anyio's own functions of that name stand, ``KTLSListener`` and ``KTLSStream.wrap`` where
 ``anyio.streams.tls.TLSListener`` and ``TLSStream.wrap`` do. Needs anyio 4.10 (the extra ``anyio``).
 
+    async with await ktls.anyio.connect_tcp("localhost", 8443, ssl_context=context) as stream:
+        await stream.send(b"hello")
+        await stream.sendfile(file)
+        stream.extra(KTLSAttribute.offload)     # Offload(tx="kernel", rx="kernel", reason=None)
+
 Differences from ``anyio.streams.tls.TLSStream``: ``aclose`` loses nothing, and does not wait for the peer's close_notify; ``send_eof`` works with TLS 1.3; whatever ends a
 connection is a ``BrokenResourceError`` with the reason as its cause; there is no ``unwrap``, because kernel TLS can't be taken off a socket.
 
