@@ -167,32 +167,33 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
 
     def _on_readable(self) -> None:
         """Read and deliver until nothing is there. See the theory above."""
+        driver = self._driver
         for _ in range(_MAX_READS):
             buffer = self._get_buffer() if self._buffered else self._shared
             if buffer is None:
                 return
             try:
-                count = self._driver.recv_into(buffer)
-            except BlockingIOError:
-                break
+                count = driver.receiving.read_now(buffer)
             except TruncatedError as error:
                 self._end_of_stream(error)
                 return
             except OSError as error:
                 self._read_failed(error)
                 return
-            if not count:
+            if count <= 0:
+                if count < 0:
+                    break
                 self._end_of_stream(None)
                 return
-            full = count == len(buffer)
             self._deliver(count)
             if self._paused or self._closing:
                 return
-            if full and not self._driver.pending():
+            if count == len(buffer) and not driver.pending():
                 break
         else:
             self._loop.call_soon(self._look_again)
-        if self._driver.owes:
+        # With a grant nothing is owed: that is quicker to see.
+        if not driver.sending.grant and driver.owes:
             self._wait_for_room()
 
     def _deliver(self, count: int) -> None:

@@ -112,15 +112,16 @@ class WritingTransport(ReadingTransport):
 
     def write(self, data: _Data) -> None:
         """Send ``data``, now or as soon as there is room. Never blocks and raises only for misuse: errors go to ``connection_lost``."""
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
-        if not data or not self._may_write():
+        if type(data) is not bytes:
+            if not isinstance(data, bytes | bytearray | memoryview):
+                raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
+            if type(data) is memoryview and (data.itemsize != 1 or data.ndim != 1):
+                data = data.cast("B")
+        if not data or ((self._closing or self._eof) and not self._may_write()):
             return
-        if type(data) is memoryview and (data.itemsize != 1 or data.ndim != 1):
-            data = data.cast("B")
         if self._queue is None:
             try:
-                sent = self._driver.send(data)
+                sent = self._driver.sending.send(data)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -265,9 +266,7 @@ class WritingTransport(ReadingTransport):
                 break
             sent -= len(entry)
 
-    def _send_piece(
-        self, queue: deque[_Data | FilePart | Mark], part: FilePart | Mark
-    ) -> None:
+    def _send_piece(self, queue: deque[_Data | FilePart | Mark], part: FilePart | Mark) -> None:
         try:
             last = part.send(self._driver)
         except BlockingIOError:

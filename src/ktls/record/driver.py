@@ -58,7 +58,7 @@ class Driver:
     ``lock`` takes the place of all three locks: for callers in one thread, whose connections may share it, and so need none of their own.
     """
 
-    __slots__ = ("_receiving", "_sending", "connection", "receiver", "sender")
+    __slots__ = ("connection", "receiver", "receiving", "sender", "sending")
 
     def __init__(
         self,
@@ -75,17 +75,24 @@ class Driver:
         self.sender = sender
         self.receiver = receiver
         rx_lock, tx_lock, state_lock = (lock or threading.Lock() for _ in range(3))
-        self._sending = SendingHalf(
-            connection, sender, (tx_lock, state_lock), on_key_change=on_key_change, clock=clock
+        direct = lock is not None
+        self.sending = SendingHalf(
+            connection,
+            sender,
+            (tx_lock, state_lock),
+            on_key_change=on_key_change,
+            clock=clock,
+            direct=direct,
         )
-        self._receiving = ReceivingHalf(
+        self.receiving = ReceivingHalf(
             connection,
             receiver,
-            self._sending,
+            self.sending,
             (rx_lock, state_lock),
             on_ticket=on_ticket,
             on_key_change=on_key_change,
             clock=clock,
+            direct=direct,
         )
 
     # --- facts -------------------------------------------------------------------------------------------------
@@ -103,7 +110,7 @@ class Driver:
     @property
     def owes(self) -> bool:
         """Whether commands, or bytes sealed already, wait in this process for room in TCP's buffer."""
-        return self._sending.owes
+        return self.sending.owes
 
     @property
     def tx_closed(self) -> bool:
@@ -113,16 +120,16 @@ class Driver:
     @property
     def unsent(self) -> bool:
         """Whether accepted data waits in this process: then nothing but a further call (``run_owed``, ``flush``) moves it."""
-        return self._sending.unsent
+        return self.sending.unsent
 
     @property
     def peer_closed(self) -> bool:
         """Whether the peer's close_notify was received."""
-        return self._receiving.peer_closed
+        return self.receiving.peer_closed
 
     def pending(self) -> int:
         """Return how many decrypted bytes are held in this process, invisible to ``poll``."""
-        return self._receiving.pending()
+        return self.receiving.pending()
 
     def unread(self) -> int:
         """Return how many bytes were read from TCP and not yet opened: after the peer's close_notify, what follows it in plain text."""
@@ -153,37 +160,37 @@ class Driver:
         Raises ``BlockingIOError`` (nothing taken), ``KeyLimitError``, ``LocalProtocolError`` (our side is closed), ``OSError`` from the network; after the
         last, every further call raises it again.
         """
-        return self._sending.send(data, flags)
+        return self.sending.send(data, flags)
 
     def send_vector(self, buffers: list[ReadBuffer], flags: int = 0) -> int:
         """Send ``buffers``, none of them empty, as if they were one piece: in the kernel one system call. Returns and raises as ``send``."""
-        return self._sending.send_vector(buffers, flags)
+        return self.sending.send_vector(buffers, flags)
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """Send up to ``count`` bytes of a file from ``offset``; return how many were accepted, 0 at the end of the file. Raises as ``send``."""
-        return self._sending.sendfile(fd, offset, count)
+        return self.sending.sendfile(fd, offset, count)
 
     def refresh_traffic_keys(self, request_peer: bool = False, flags: int = 0) -> None:
         """Change our key, and ask the peer for a new one with ``request_peer``.
 
         ``LocalProtocolError``: nothing happened. ``BlockingIOError``: it will happen, in order, before the next data.
         """
-        self._sending.refresh_traffic_keys(request_peer, flags)
+        self.sending.refresh_traffic_keys(request_peer, flags)
 
     def close_notify(self, flags: int = 0, *, patience: float = -1) -> None:
         """Close our side with close_notify, after everything owed. ``BlockingIOError``: call again; doing so repeats nothing.
 
         ``patience``: seconds to wait for another thread that is sending; -1: for ever.
         """
-        self._sending.close_notify(flags, patience=patience)
+        self.sending.close_notify(flags, patience=patience)
 
     def run_owed(self) -> None:
         """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
-        self._sending.run_owed()
+        self.sending.run_owed()
 
     def flush(self, flags: int = 0) -> None:
         """Hand to TCP whatever the sending layer still holds; ``BlockingIOError`` if that can't be done yet."""
-        self._sending.flush(flags)
+        self.sending.flush(flags)
 
     # --- receiving: see ReceivingHalf --------------------------------------------------------------------------
 
@@ -193,14 +200,14 @@ class Driver:
         Raises ``BlockingIOError``, ``TruncatedError`` (TCP ended without close_notify), ``RemoteProtocolError``, ``AlertReceived``, ``KeyLimitError`` (the peer
         changed its key and this layer can't), ``OSError`` from the network. All but the first are raised by every further call too.
         """
-        return self._receiving.recv_into(buffer, nbytes, flags)
+        return self.receiving.recv_into(buffer, nbytes, flags)
 
     def splice(self, pipe: int, count: int) -> int:
         """Move application data from the kernel into ``pipe``, uncopied; return the count, 0 after close_notify. Raises as ``recv_into``.
 
         ``LocalProtocolError`` where the receiving direction is not in the kernel: use ``recv_into``.
         """
-        return self._receiving.splice(pipe, count)
+        return self.receiving.splice(pipe, count)
 
     def settle(self, *, read_ahead: bool = False) -> None:
         """Handle control records that are next, without waiting: for callers who poll by themselves (after each read), or send for long without reading.
@@ -208,4 +215,4 @@ class Driver:
         Takes no application data; errors are kept for the next read. In user space only with ``read_ahead``: data may then be in this process that
         ``poll`` does not show (``pending``).
         """
-        self._receiving.settle(read_ahead=read_ahead)
+        self.receiving.settle(read_ahead=read_ahead)

@@ -49,6 +49,8 @@ class EngineDriver:
 
     tx_layer: LayerName = "engine"
     rx_layer: LayerName = "engine"
+    #: As of a driver's halves: everything takes a look first.
+    grant: Final = 0
 
     def __init__(
         self,
@@ -70,6 +72,16 @@ class EngineDriver:
         self._rx_lock = threading.Lock()
         self._tx_lock = threading.Lock()
         self._engine_lock = threading.Lock()
+
+    @property
+    def sending(self) -> EngineDriver:
+        """Itself: there are no two halves here."""
+        return self
+
+    @property
+    def receiving(self) -> EngineDriver:
+        """Itself."""
+        return self
 
     @property
     def owes(self) -> bool:
@@ -160,6 +172,13 @@ class EngineDriver:
                     self.run_owed()  # the alert
                     raise
             return 0
+
+    def read_now(self, buffer: WriteBuffer) -> int:
+        """As ``recv_into``, but -1 if nothing is there."""
+        try:
+            return self.recv_into(buffer)
+        except BlockingIOError:
+            return -1
 
     def splice(self, pipe: int, count: int) -> int:
         """Not possible here: ``LocalProtocolError``."""

@@ -217,6 +217,11 @@ class KernelReceiver:
         self.can_change_key = can_change_key
         sock.setsockopt(SOL_TLS, TLS_RX, pack_crypto_info(suite, keys, sequence_number))
 
+    @property
+    def sock(self) -> socket.socket:
+        """The socket, for reads that need nothing else as long as all is well. What goes wrong is for ``translate``."""
+        return self._sock
+
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
         """See ``RecordReceiver``. One system call, unless a control record is next."""
         if self._halted:
@@ -224,7 +229,7 @@ class KernelReceiver:
         try:
             return self._sock.recv_into(buffer, nbytes, flags)
         except OSError as error:
-            raise self._translate(error) from None
+            raise self.translate(error) from None
 
     def read_record(self, flags: int = 0) -> InboundPlainMessage | None:
         """See ``RecordReceiver``."""
@@ -233,7 +238,7 @@ class KernelReceiver:
         try:
             data, control, _, _ = self._sock.recvmsg(MAX_FRAGMENT, _CONTROL_SPACE, flags)
         except OSError as error:
-            raise self._translate(error) from None
+            raise self.translate(error) from None
         if not control:
             return None if not data else InboundPlainMessage(ContentType.APPLICATION_DATA, data)
         level, kind, value = control[0]
@@ -255,7 +260,7 @@ class KernelReceiver:
             self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as error:
             # Also this may be the one and only report of an error.
-            return isinstance(self._translate(error), ControlRecord) or self._dead is not None
+            return isinstance(self.translate(error), ControlRecord) or self._dead is not None
         return False
 
     def splice(self, pipe: int, count: int) -> int:
@@ -272,11 +277,11 @@ class KernelReceiver:
                 moved = os.splice(self._sock.fileno(), pipe, count, flags=flags)
             except OSError as error:
                 if error.errno != errno.EINVAL:
-                    raise self._translate(error) from None
+                    raise self.translate(error) from None
                 # A control record is next, or this was the one and only report of a framing error.
                 if self.record_waits():
                     raise ControlRecord from None
-                raise self._translate(error) from None
+                raise self.translate(error) from None
             # 0 is the end of the stream, or a record without data.
             if moved or self._at_eof():
                 return moved
@@ -285,7 +290,7 @@ class KernelReceiver:
         try:
             return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as error:
-            self._translate(error)  # remembers what is reported once
+            self.translate(error)  # remembers what is reported once
             return False
 
     def install(self, keys: TrafficKeys) -> None:
@@ -314,8 +319,8 @@ class KernelReceiver:
             if error.errno != errno.EBUSY:  # EBUSY: no rekey, so it had not stopped either
                 raise
 
-    def _translate(self, error: OSError) -> Exception:
-        """Turn the errno of a read into what the contract says."""
+    def translate(self, error: OSError) -> Exception:
+        """Turn the errno of a read into what the contract says, and remember it if it is fatal."""
         if error.errno == errno.EIO:
             return ControlRecord()
         if error.errno in _READ_ERRORS:

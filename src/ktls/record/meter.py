@@ -61,6 +61,12 @@ class Meter:
             or (limits.age is not None and self._clock() - self._since >= limits.age)
         )
 
+    def spare(self) -> int:
+        """How many records may be used before the next look is due, without counting anything else; 0 where bytes or time are limited, too."""
+        if self._limits.age is not None or self._limits.octets is not None:
+            return 0
+        return max(0, self._room)
+
     def allowance(self, max_fragment: int) -> int:
         """How many bytes may be sent before the next look, in one piece."""
         allowed = min(MAX_PIECE, max(1, self._room) * max_fragment)

@@ -62,6 +62,7 @@ class ReceivingHalf:
         "_connection",
         "_early",
         "_end",
+        "_granted",
         "_install",
         "_lock",
         "_meter",
@@ -69,8 +70,10 @@ class ReceivingHalf:
         "_on_ticket",
         "_receiver",
         "_sending",
+        "_sock",
         "_special",
         "_state_lock",
+        "grant",
     )
 
     def __init__(
@@ -83,7 +86,9 @@ class ReceivingHalf:
         on_ticket: Callable[[bytes], None] | None,
         on_key_change: KeyChangeObserver | None,
         clock: Callable[[], float],
+        direct: bool,
     ) -> None:
+        """``direct``: all calls come from one thread, so that reading may do without a look at anything but ``grant``."""
         self._connection = connection
         self._receiver = receiver
         self._sending = sending
@@ -102,6 +107,10 @@ class ReceivingHalf:
         self._early = b""
         #: Whether any of the above makes the next read a special case.
         self._special = False
+        kernel = receiver if direct and isinstance(receiver, KernelReceiver) else None
+        self._sock = kernel.sock if kernel is not None else None
+        #: Bytes that may be read right away: nothing is special, no limit is near. 0: look first.
+        self.grant = self._granted = 0
 
     @property
     def peer_closed(self) -> bool:
@@ -112,6 +121,46 @@ class ReceivingHalf:
         """Return how many decrypted bytes are held in this process, invisible to ``poll``."""
         return len(self._early) + self._receiver.pending()
 
+    def read_now(self, buffer: WriteBuffer) -> int:
+        """As ``recv_into`` on a socket that never waits, but -1 if nothing is there: that is no exception for a loop that always reads until then."""
+        if self.grant > 0 and self._sock is not None:
+            try:
+                count = self._sock.recv_into(buffer)
+            except BlockingIOError:
+                return -1
+            except OSError as error:
+                self._met(error)
+                count = 0
+            if count:
+                self.grant -= count
+                return count
+        try:
+            return self.recv_into(buffer)
+        except BlockingIOError:
+            return -1
+
+    def _met(self, error: OSError) -> None:
+        """Deal with what a read met that went past the receiver: a control record, or an error that may be told only once."""
+        receiver = self._receiver
+        assert isinstance(receiver, KernelReceiver)
+        with self._lock:
+            found = receiver.translate(error)
+            if isinstance(found, OSError):
+                self._failed(found)
+                raise found
+            try:
+                self._read_record(0)
+            except BlockingIOError:
+                pass
+
+    def _look_first(self) -> None:
+        """Let nothing be read without a look at everything, and count what was. Under the rx lock."""
+        if self._granted:
+            taken = self._granted - self.grant
+            self.grant = self._granted = 0
+            self._meter.used(taken, taken)
+            self._connection.received_data(taken)
+
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
         """Receive application data; return the count, 0 after the peer's close_notify.
 
@@ -120,6 +169,7 @@ class ReceivingHalf:
         """
         with self._lock:
             self._awaited = False
+            self._look_first()
             while True:
                 if self._special:
                     if self._early:
@@ -149,6 +199,7 @@ class ReceivingHalf:
         ``LocalProtocolError`` where the receiving direction is not in the kernel: use ``recv_into``.
         """
         with self._lock:
+            self._look_first()
             while True:
                 receiver = self._kernel_receiver()
                 if receiver is None or self._early:
@@ -181,6 +232,7 @@ class ReceivingHalf:
         """
         if not self._lock.acquire(blocking=False):
             return  # a reader is at work: it meets everything
+        self._look_first()
         try:
             while not self._early and self._end is None:
                 if self._install is not None:
@@ -238,9 +290,12 @@ class ReceivingHalf:
             self._meter.looked(number, self._connection.record_limit(Direction.RX))
         if self._sending.owes:
             self._sending.run_owed()
+        if self._sock is not None:
+            self.grant = self._granted = self._meter.spare()
 
     def _read_record(self, flags: int) -> None:
         """Read one record by the slow path and run what follows from it. Under the rx lock."""
+        self._look_first()
         if self._install is not None:
             self._try_again(self._install)
             return

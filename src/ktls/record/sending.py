@@ -223,8 +223,9 @@ class SendingHalf:
 
     def look_first(self) -> None:
         """Let nothing go out without a look at everything, and count what did."""
-        self._meter.used(self._granted - self.grant, 0)
-        self.grant = self._granted = 0
+        if self._granted:
+            self._meter.used(self._granted - self.grant, 0)
+            self.grant = self._granted = 0
 
     def _prepare_data(self, flags: int) -> None:
         """Make sure that application data may go out now. Under the tx lock."""
