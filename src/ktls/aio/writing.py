@@ -136,13 +136,14 @@ class WritingTransport(ReadingTransport):
 
     def writelines(self, list_of_data: Iterable[_Data]) -> None:
         """Send all of ``list_of_data``; in the kernel that is one system call, and the pieces share records."""
-        buffers: list[ReadBuffer] = [data for data in list_of_data if data]
-        for data in buffers:
+        buffers: list[ReadBuffer] = []
+        for data in list_of_data:
             if not isinstance(data, bytes | bytearray | memoryview):
                 raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
+            if data:
+                buffers.append(memoryview(data).cast("B"))
         if not buffers or not self._may_write():
             return
-        buffers = [memoryview(data).cast("B") for data in buffers]
         if self._queue is None:
             try:
                 sent = self._driver.send_vector(buffers[:_MAX_VECTOR])
@@ -152,9 +153,9 @@ class WritingTransport(ReadingTransport):
                 self._write_failed(error)
                 return
             buffers = _behind(buffers, sent)
-        for data in buffers:
-            self._enqueue(data)
-        if not self._direct and self._driver.unsent:
+        if buffers:
+            self._enqueue(*buffers)
+        elif not self._direct and self._driver.unsent:
             self._wait_for_room()
 
     def send_file(self, part: FilePart | Mark) -> None:
@@ -208,15 +209,17 @@ class WritingTransport(ReadingTransport):
         self._lost += 1 if self._lost else 0
         return False
 
-    def _enqueue(self, data: _Data) -> None:
+    def _enqueue(self, *buffers: _Data) -> None:
+        """Add all of ``buffers``, then look at the limit: the protocol may write more, or end it all, when it is told."""
         if self._queue is None:
             self._queue = deque()
-        # Whoever keeps writing into a bytearray must not change what was written.
-        mutable = isinstance(data, bytearray) or (
-            isinstance(data, memoryview) and not isinstance(data.obj, bytes)
-        )
-        self._queue.append(bytes(data) if mutable else data)
-        self._size += len(data)
+        for data in buffers:
+            # Whoever keeps writing into a bytearray must not change what was written.
+            mutable = isinstance(data, bytearray) or (
+                isinstance(data, memoryview) and not isinstance(data.obj, bytes)
+            )
+            self._queue.append(bytes(data) if mutable else data)
+            self._size += len(data)
         self._wait_for_room()
         self._maybe_pause_protocol()
 

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ..sockets.helpers import Case, Net, matrix
+from .helpers import LOOPS, Loop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..support import Authority
+
+
+def open_sockets() -> set[str]:
+    """The sockets of this process."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the directory itself
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {name for name in found if name.startswith("socket:")}
+
+
+@pytest.fixture
+def net(authority: Authority) -> Iterator[Net]:
+    """Makes connections; at the end of the test no socket may be left that was not there before."""
+    before = open_sockets()
+    net = Net(authority)
+    yield net
+    net.close()
+    assert open_sockets() <= before, "sockets are left open"
+
+
+@pytest.fixture(params=LOOPS)
+def loop(request: pytest.FixtureRequest) -> Loop:
+    """Each event loop, with each way to ask it for kernel TLS."""
+    return Loop(request.param)
+
+
+@pytest.fixture(params=("functions", "uvloop"))
+def one_of_each(request: pytest.FixtureRequest) -> Loop:
+    """asyncio's loop and uvloop's: for what does not depend on how kernel TLS was asked for."""
+    return Loop(request.param)
+
+
+@pytest.fixture(params=matrix(peers=("stdlib",)), ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each record layer, version and role, with a peer of the ``ssl`` module."""
+    case: Case = request.param
+    return case
+
+
+@pytest.fixture(params=matrix(roles=("client",), peers=("stdlib",)), ids=str)
+def layer(request: pytest.FixtureRequest) -> Case:
+    """Each record layer with each version, as a client of the ``ssl`` module."""
+    case: Case = request.param
+    return case

@@ -1,0 +1,485 @@
+"""What comes in: deliveries, pauses, records of every kind, and KeyUpdates that ``poll`` does not show."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ktls.protocol.enums import ContentType
+from ktls.protocol.errors import TruncatedError
+
+from ..sockets.helpers import Case, Net, pattern, read_exactly
+from ..support import TLS12
+from .helpers import (
+    KEY_UPDATE,
+    TICKET,
+    TLS12_SUITE,
+    BufferedKeeper,
+    Keeper,
+    Loop,
+    Scripted,
+    connect,
+    result,
+    scripted,
+    turns,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DATA = ContentType.APPLICATION_DATA
+HANDSHAKE = ContentType.HANDSHAKE
+ALERT = ContentType.ALERT
+KEEPERS: list[Callable[..., Any]] = [
+    Keeper,
+    BufferedKeeper,
+    lambda **options: BufferedKeeper(1, **options),
+    lambda **options: BufferedKeeper(2**20, **options),
+]
+KEEPER_NAMES = ["protocol", "buffered", "buffered-1", "buffered-1M"]
+keepers = pytest.mark.parametrize("keeper", KEEPERS, ids=KEEPER_NAMES)
+
+
+async def finish(link: Scripted) -> None:
+    """End the connection in order, from the peer's side."""
+    link.peer.send_alert()
+    await link.hear_all()
+    await until(lambda: link.diary.lost)
+    assert link.diary.error is None
+
+
+# --- with real peers -------------------------------------------------------------------------------------------------
+
+
+def test_both_ways(net: Net, loop: Loop, case: Case) -> None:
+    async def main() -> None:
+        link = await connect(net, loop, case)
+        assert (link.ktls.offload.tx, link.ktls.offload.rx) == (case.tx_layer, case.rx_layer)
+        link.transport.write(b"question")
+        assert await asyncio.to_thread(link.theirs.recv, 100) == b"question"
+        link.theirs.sendall(b"answer")
+        await until(lambda: len(link.diary.data) >= 6)
+        assert link.diary.data == b"answer"
+        link.transport.close()
+        assert await asyncio.to_thread(link.theirs.recv, 1) == b""
+        await until(lambda: link.diary.lost)
+        assert link.diary.events == ["made", "data", "lost"]
+        assert link.diary.error is None
+
+    loop.run(main)
+
+
+def test_much_data_both_ways_at_once(net: Net, one_of_each: Loop, layer: Case) -> None:
+    data, answer = pattern(2_000_000, 1), pattern(1_500_000, 2)
+    # The ssl module can't read and write at once.
+    case = Case(version=layer.version, peer="ktls", offload=layer.offload)
+
+    async def main() -> None:
+        link = await connect(net, one_of_each, case, buffers=65536)
+        receiving = net.spawn(read_exactly, link.theirs, len(data))
+        sending = net.spawn(link.theirs.sendall, answer)
+        link.transport.write(data)
+        assert await result(receiving) == data
+        await result(sending)
+        await until(lambda: len(link.diary.data) == len(answer))
+        assert link.diary.data == answer
+        link.transport.close()
+        await until(lambda: link.diary.lost)
+
+    one_of_each.run(main)
+
+
+# --- deliveries ------------------------------------------------------------------------------------------------------
+
+
+@keepers
+@pytest.mark.parametrize("suite", [None, TLS12_SUITE], ids=["1.3", "1.2"])
+def test_records_of_all_sizes(net: Net, one_of_each: Loop, keeper: Any, suite: Any) -> None:
+    options = {} if suite is None else {"suite": suite}
+
+    async def main() -> None:
+        link = scripted(net, keeper(), **options)
+        expected = b""
+        for size in (1, 2, 100, 4096, 4097, 3000, 1, 1, 1):
+            piece = pattern(size, size)
+            link.peer.send_record(DATA, piece, *(() if suite else (size % 3,)))  # padding in 1.3
+            expected += piece
+        await until(lambda: len(link.diary.data) >= len(expected))
+        assert link.diary.data == expected
+        await finish(link)
+        assert link.diary.events == ["made", "data", "eof", "lost"]
+
+    one_of_each.run(main)
+
+
+def test_many_small_records_are_few_deliveries(net: Net, one_of_each: Loop) -> None:
+    """What is there is delivered together, not record by record."""
+
+    async def main() -> None:
+        link = scripted(net)
+        link.peer.send_raw(b"".join(link.peer.seal(DATA, b"%03d" % i) for i in range(500)))
+        await until(lambda: len(link.diary.data) == 1500)
+        assert link.diary.data == b"".join(b"%03d" % i for i in range(500))
+        assert link.diary.deliveries < 20
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_others_get_their_turn(net: Net, one_of_each: Loop) -> None:
+    """A connection with small buffers and much data is not read to its end in one event."""
+
+    async def main() -> None:
+        longest = 0
+        since = 0
+
+        def turn() -> None:
+            nonlocal since
+            since = 0
+            if not done:
+                asyncio.get_running_loop().call_soon(turn)
+
+        def count(_: Any) -> None:
+            nonlocal since, longest
+            since += 1
+            longest = max(longest, since)
+
+        done = False
+        link = scripted(net, BufferedKeeper(1, on_data=count))
+        turn()
+        link.peer.send_data(bytes(1000))
+        await until(lambda: len(link.diary.data) == 1000)
+        done = True
+        assert longest <= 32  # sixteen reads of the event, and as many of a second look
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_switch_of_protocols_takes_effect_at_once(net: Net, one_of_each: Loop) -> None:
+    """Also between what one event brings, and between the two kinds of protocol."""
+
+    async def main() -> None:
+        first = BufferedKeeper(3, on_data=lambda transport: transport.set_protocol(second))
+        second = Keeper(on_data=lambda transport: transport.set_protocol(third))
+        third = BufferedKeeper(1)
+        second.transport = third.transport = None
+        link = scripted(net, first)
+        second.transport = third.transport = link.transport
+        link.peer.send_raw(link.peer.seal(DATA, b"abcdef"))
+        await until(lambda: len(second.diary.data) == 3)
+        link.peer.send_data(b"ghi")
+        await until(lambda: len(third.diary.data) == 3)
+        assert (first.diary.data, second.diary.data, third.diary.data) == (b"abc", b"def", b"ghi")
+        assert link.transport.get_protocol() is third
+        link.peer.send_alert()
+        await until(lambda: third.diary.lost)
+        assert third.diary.events == ["data", "eof", "lost"]
+        assert not first.diary.lost
+
+    one_of_each.run(main)
+
+
+@pytest.mark.parametrize("name", ["get_buffer", "buffer_updated", "data_received", "eof_received"])
+def test_protocol_that_raises(net: Net, one_of_each: Loop, name: str) -> None:
+    """As in asyncio: the exception handler is told, and the connection is cut with that error."""
+    error = RuntimeError("no")
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    async def main() -> None:
+        protocol: Any = Keeper() if name == "data_received" else BufferedKeeper()
+        setattr(protocol, name, fail)
+        link = scripted(net, protocol)
+        if name == "eof_received":
+            link.peer.send_alert()
+        else:
+            link.peer.send_data(b"x")
+        await until(lambda: link.diary.lost)
+        assert link.diary.error is error
+        problem = one_of_each.problems.pop()
+        assert problem["exception"] is error
+        assert problem["message"] == f"Fatal error: protocol.{name}() call failed."
+        assert problem["transport"] is link.transport
+
+    one_of_each.run(main)
+
+
+def test_buffer_without_room(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net, BufferedKeeper(0))
+        link.peer.send_data(b"x")
+        await until(lambda: link.diary.lost)
+        assert "empty buffer" in str(link.diary.error)
+        one_of_each.problems.pop()
+
+    one_of_each.run(main)
+
+
+# --- pauses ----------------------------------------------------------------------------------------------------------
+
+
+@keepers
+def test_paused_in_every_delivery(net: Net, one_of_each: Loop, keeper: Any) -> None:
+    async def main() -> None:
+        link = scripted(net, keeper(on_data=lambda transport: transport.pause_reading()))
+        data = pattern(20)
+        link.peer.send_raw(link.peer.seal(DATA, data[:10]) + link.peer.seal(DATA, data[10:]))
+        link.peer.send_alert()
+        steps = 0
+        while "eof" not in link.diary.events:
+            await turns()
+            before = link.diary.deliveries
+            assert not link.transport.is_reading() or link.diary.lost
+            await turns()
+            assert link.diary.deliveries == before
+            link.transport.resume_reading()
+            await turns()
+            assert link.diary.deliveries <= before + 1
+            steps += 1
+        assert link.diary.data == data
+        await until(lambda: link.diary.lost)
+
+    one_of_each.run(main)
+
+
+def test_paused_when_made(net: Net, loop: Loop, layer: Case) -> None:
+    """Nothing is delivered, not even what came with the handshake's last flight."""
+
+    async def main() -> None:
+        link = await connect(
+            net, loop, layer, protocol=Keeper(on_made=lambda transport: transport.pause_reading())
+        )
+        link.theirs.sendall(b"early")
+        await turns()
+        assert link.diary.events == ["made"]
+        link.transport.pause_reading()  # again: harmless
+        link.transport.resume_reading()
+        link.transport.resume_reading()
+        await until(lambda: link.diary.data == b"early")
+        link.transport.close()
+        await until(lambda: link.diary.lost)
+
+    loop.run(main)
+
+
+@pytest.mark.parametrize("with_notify", [True, False], ids=["close_notify", "fin"])
+def test_end_while_paused(net: Net, one_of_each: Loop, with_notify: bool) -> None:
+    """Data in front of the end is delivered first, however long it had to wait."""
+
+    async def main() -> None:
+        link = scripted(net)
+        link.transport.pause_reading()
+        link.peer.send_data(b"last words")
+        if with_notify:
+            link.peer.send_alert()
+        link.peer.end()
+        await turns(30)
+        assert link.diary.events == ["made"]
+        link.transport.resume_reading()
+        await until(lambda: link.diary.lost)
+        assert link.diary.events == ["made", "data", "eof", "lost"]
+        assert link.diary.data == b"last words"
+        assert link.diary.error is None
+        assert link.transport.get_extra_info("ktls").truncated is not with_notify
+
+    one_of_each.run(main)
+
+
+def test_pause_holds_the_peer_back(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net, buffers=8192)
+        link.transport.pause_reading()
+        data = pattern(1_000_000)
+        sending = net.spawn(link.peer.send_data, data)
+        await turns(100)
+        assert not sending.done()
+        link.transport.resume_reading()
+        await result(sending)
+        await until(lambda: len(link.diary.data) == len(data))
+        assert link.diary.data == data
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_idle_connection_holds_no_buffer(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link, other = scripted(net), scripted(net)
+        assert link.transport._shared is other.transport._shared
+        assert link.transport._queue is None
+        assert not hasattr(link.transport, "__dict__")
+        link.transport.write(b"x")
+        link.peer.send_data(b"y")
+        await until(lambda: bool(link.diary.data))
+        assert link.transport._queue is None
+        await finish(link)
+        await finish(other)
+
+    one_of_each.run(main)
+
+
+# --- records that are no data ----------------------------------------------------------------------------------------
+
+
+def test_key_update_behind_data_in_one_segment(net: Net, one_of_each: Loop) -> None:
+    """A kernel that has decrypted the KeyUpdate ahead, with the data in front of it, is deaf, and ``poll`` doesn't tell."""
+
+    async def main() -> None:
+        link = scripted(net)
+        for turn in range(20):
+            link.peer.send_raw(link.peer.seal(DATA, b"%d" % turn) + link.peer.seal_key_update())
+            await until(lambda turn=turn: link.diary.data.endswith(b"%d" % turn))  # type: ignore[misc]
+            link.peer.send_data(b"!")
+            await until(lambda: link.diary.data.endswith(b"!"))
+        assert link.transport.get_extra_info("ktls").key_usage.rx.generation == 20
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+@keepers
+def test_key_update_behind_data_while_paused(net: Net, one_of_each: Loop, keeper: Any) -> None:
+    async def main() -> None:
+        link = scripted(net, keeper(on_data=lambda transport: transport.pause_reading()))
+        link.peer.send_raw(link.peer.seal(DATA, b"a") + link.peer.seal_key_update())
+        await until(lambda: link.diary.data == b"a")
+        link.peer.send_data(b"b")
+        await turns()
+        link.transport.resume_reading()
+        await until(lambda: link.diary.data == b"ab")
+        link.transport.resume_reading()
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_key_updates_in_a_row(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net)
+        link.peer.send_raw(b"".join(link.peer.seal_key_update() for _ in range(30)))
+        link.peer.send_data(b"x")
+        await until(lambda: link.diary.data == b"x")
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_ticket_and_key_update_in_one_record(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        from ktls.protocol.enums import Role
+
+        link = scripted(net, role=Role.CLIENT)
+        link.peer.send_record(HANDSHAKE, TICKET + KEY_UPDATE)
+        link.peer.next_tx_key()
+        link.peer.send_data(b"x")
+        await until(lambda: link.diary.data == b"x")
+        link.peer.send_record(HANDSHAKE, TICKET + TICKET)
+        link.peer.send_data(b"y")
+        await until(lambda: link.diary.data == b"xy")
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_key_update_split_over_records(net: Net, one_of_each: Loop, cut: int) -> None:
+    async def main() -> None:
+        link = scripted(net)
+        link.peer.send_raw(
+            link.peer.seal(DATA, b"x")
+            + link.peer.seal(HANDSHAKE, KEY_UPDATE[:cut])
+            + link.peer.seal(HANDSHAKE, KEY_UPDATE[cut:])
+        )
+        link.peer.next_tx_key()
+        link.peer.send_data(b"y")
+        await until(lambda: link.diary.data == b"xy")
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_empty_records(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net)
+        link.peer.send_record(DATA, b"")
+        link.peer.send_record(DATA, b"", 100)
+        await turns()
+        assert link.diary.events == ["made"]
+        link.peer.send_raw(link.peer.seal(DATA, b"") + link.peer.seal(DATA, b"x"))
+        await until(lambda: link.diary.data == b"x")
+        link.peer.send_record(DATA, b"")
+        await finish(link)
+
+    one_of_each.run(main)
+
+
+def test_data_behind_close_notify_is_ignored(net: Net, one_of_each: Loop) -> None:
+    """RFC 9846 §6.1: "Any data received after a closure alert has been received MUST be ignored"."""
+
+    async def main() -> None:
+        link = scripted(net, Keeper(keep_open=True))
+        link.peer.send_data(b"x")
+        link.peer.send_alert()
+        link.peer.send_data(b"y")
+        await until(lambda: "eof" in link.diary.events)
+        await turns()
+        assert link.diary.data == b"x"
+        link.transport.close()
+        assert await link.hear_data() == b""
+        await until(lambda: link.diary.lost)
+        assert link.diary.events == ["made", "data", "eof", "lost"]
+
+    one_of_each.run(main)
+
+
+def test_truncation_that_is_refused(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net, suppress_ragged_eofs=False)
+        link.peer.send_data(b"x")
+        link.peer.end()
+        await until(lambda: link.diary.lost)
+        assert link.diary.events == ["made", "data", "lost"]
+        assert isinstance(link.diary.error, TruncatedError)
+
+    one_of_each.run(main)
+
+
+def test_cut_inside_a_record(net: Net, one_of_each: Loop) -> None:
+    async def main() -> None:
+        link = scripted(net)
+        link.peer.send_data(b"x")
+        link.peer.send_raw(link.peer.seal(DATA, bytes(100))[:50])
+        link.peer.end()
+        await until(lambda: link.diary.lost)
+        assert link.diary.data == b"x"
+        assert link.transport.get_extra_info("ktls").truncated
+
+    one_of_each.run(main)
+
+
+def test_data_that_came_with_the_handshake(net: Net, loop: Loop) -> None:
+    """TLS 1.2 servers, and clients of TLS 1.3, may write as soon as their Finished is out: it is delivered after ``connection_made``."""
+
+    async def main() -> None:
+        case = Case(version=TLS12, role="client")
+        order: list[str] = []
+        link = await connect(
+            net,
+            loop,
+            case,
+            protocol=Keeper(
+                on_made=lambda _: order.append("made"), on_data=lambda _: order.append("data")
+            ),
+        )
+        link.theirs.sendall(b"first")
+        await until(lambda: link.diary.data == b"first")
+        assert order == ["made", "data"]
+        link.transport.close()
+        await until(lambda: link.diary.lost)
+
+    loop.run(main)
