@@ -232,6 +232,13 @@ def test_raising_callback_does_not_repeat_the_change(layer: Layer) -> None:
         assert r.sender.calls.count("install") == 1
 
 
+def sending_now(r: Rig) -> bool:
+    """Whether a thread is inside of the sending half."""
+    lock = r.driver.sending._lock
+    assert isinstance(lock, type(threading.Lock()))
+    return lock.locked()
+
+
 # --- what is owed -------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +281,7 @@ def test_reader_never_waits_for_a_blocked_sender(layer: Layer) -> None:
 
         sender = Worker(send)
         # It blocks: the way to the peer is full.
-        eventually(lambda: r.driver._sending._lock.locked(), "the sender did not begin")
+        eventually(lambda: sending_now(r), "the sender did not begin")
         r.peer.send_raw(
             r.peer.seal_data(b"one") + r.peer.seal_key_update(True) + r.peer.seal_data(b"two")
         )
@@ -301,7 +308,7 @@ def test_refresh_while_another_thread_sends(layer: Layer) -> None:
                 data = data[r.driver.send(data) :]
 
         sender = Worker(send)
-        eventually(lambda: r.driver._sending._lock.locked(), "the sender did not begin")
+        eventually(lambda: sending_now(r), "the sender did not begin")
 
         def refresh() -> None:
             for _ in range(5):

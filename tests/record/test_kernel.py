@@ -5,13 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
+from pathlib import Path
 
 import pytest
 
 from ktls.protocol.enums import ContentType
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 from ktls.record.interface import ControlRecord
-from ktls.testing import RecordPeer, fill_up, loopback_pair, made_up_keys, pattern, wait_readable
+from ktls.testing import (
+    PATIENCE,
+    RecordPeer,
+    fill_up,
+    loopback_pair,
+    made_up_keys,
+    pattern,
+    wait_readable,
+)
 
 from .layers import SUITES, TLS13, kernel_receiver, kernel_sender
 
@@ -86,6 +96,29 @@ def test_flush_is_about_acknowledgement() -> None:
         fill_up(lambda: sender.send(bytes(MAX_FRAGMENT), socket.MSG_DONTWAIT), sock)
         with pytest.raises(BlockingIOError, match="not acknowledged"):
             sender.flush()
+
+
+@pytest.mark.kernel
+def test_sendfile_past_the_end_waits_for_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(pattern(10_000))
+    slowest = 0.0
+    with loopback_pair(sndbuf=4096, rcvbuf=4096) as (sock, _), path.open("rb") as file:
+        sender = kernel_sender(sock, TLS13, made_up_keys(TLS13, "us"), 0, MAX_FRAGMENT)
+        sock.setblocking(False)
+
+        def send() -> int:
+            nonlocal slowest
+            begun = time.monotonic()
+            try:
+                return sender.sendfile(file.fileno(), 0, 1 << 20)
+            finally:
+                slowest = max(slowest, time.monotonic() - begun)
+
+        assert fill_up(send, sock) >= 10_000
+        assert sender.sendfile(file.fileno(), 10_000, 1 << 20) == 0
+    # Where it waits, it is for the peer, so until SO_SNDTIMEO.
+    assert slowest < PATIENCE / 2
 
 
 @pytest.mark.kernel
