@@ -401,7 +401,7 @@ def test_an_alert_reaches_who_only_sends(net: Net, backend: Backend) -> None:
 
             group.start_soon(send)
             await wait_all_tasks_blocked()
-            half = link.theirs._driver._sending
+            half = link.theirs._driver.sending
             half.alert(build_alert(AlertDescription.INTERNAL_ERROR))
             half.run_owed()
             net.spawn(ending, link.theirs)

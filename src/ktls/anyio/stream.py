@@ -25,11 +25,11 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
-import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
 from anyio.abc import ByteStream, SocketStream
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
 from ktls.closing import drop_unread, try_finish
 from ktls.context import create_default_context
 from ktls.files import SendableFile
