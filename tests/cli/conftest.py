@@ -11,7 +11,7 @@ import pytest
 import ktls
 from ktls.cli.local_ca import local_identity
 
-from .helpers import LocalServer, ScriptedServer, running_server
+from .helpers import RunningServer, ScriptedServer, running_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,11 +57,8 @@ def ktls_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def server(
-    identity: Identity, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Iterator[LocalServer]:
-    """The server of ``ktls serve`` in a thread of this process, with an empty directory; its log goes to ``capsys``."""
-    del capsys
+def server(identity: Identity, tmp_path: Path) -> Iterator[RunningServer]:
+    """The server of ``ktls serve`` in a thread of this process, with an empty directory."""
     directory = tmp_path / "served"
     directory.mkdir()
     with running_server(identity, directory) as running:

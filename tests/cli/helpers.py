@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -66,6 +67,16 @@ class RunningServer(LocalServer):
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
     server: FileServer
+    log: deque[str]
+    complaints: deque[str]
+
+    def read_log(self) -> str:
+        """What the access log got since it was read."""
+        return _take(self.log)
+
+    def read_complaints(self) -> str:
+        """Why connections ended early, since it was read."""
+        return _take(self.complaints)
 
     def stop(self, *, now: bool = False) -> None:
         """Do what a signal does."""
@@ -77,11 +88,17 @@ class RunningServer(LocalServer):
         assert not self.thread.is_alive()
 
 
+def _take(lines: deque[str]) -> str:
+    return "".join(lines.popleft() for _ in range(len(lines)))
+
+
 @contextlib.contextmanager
 def running_server(
     identity: Identity, directory: Path, *, grace: float = 30.0, metrics: Metrics | None = None
 ) -> Iterator[RunningServer]:
-    """Serve ``directory`` in a thread; the log goes to ``sys.stdout``, as it is by then."""
+    """Serve ``directory`` in a thread."""
+    log: deque[str] = deque()
+    complaints: deque[str] = deque()
     context = ktls.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(identity.certificate, identity.key)
     settings_of(context).observer = metrics
@@ -91,8 +108,8 @@ def running_server(
         listener,
         context,
         str(directory),
-        log=lambda line: print(line, end=""),
-        complain=lambda line: print(line, end="", file=sys.stderr),
+        log=log.append,
+        complain=complaints.append,
         grace=grace,
         metrics=metrics,
     )
@@ -108,7 +125,9 @@ def running_server(
 
     thread = threading.Thread(target=run, name="serve")
     thread.start()
-    running = RunningServer(port, directory, identity.ca, started.get(), thread, server)
+    running = RunningServer(
+        port, directory, identity.ca, started.get(), thread, server, log, complaints
+    )
     try:
         yield running
     finally:

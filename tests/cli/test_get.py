@@ -19,7 +19,7 @@ from ktls.cli import main
 from ktls.cli.failure import Failure
 from ktls.cli.get import Location
 
-from .helpers import LocalServer, ScriptedServer, fields, wait_for
+from .helpers import LocalServer, RunningServer, ScriptedServer, fields, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -230,24 +230,20 @@ def etag(server: LocalServer, path: str) -> str:
 
 
 @pytest.mark.parametrize("have", [1, 50_000, len(DATA) - 1, len(DATA)])
-def test_resume(
-    server: LocalServer, file: Path, have: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume(server: RunningServer, file: Path, have: int) -> None:
     leave_part(server.url + "file.bin", DATA[:have], etag(server, "file.bin"))
     assert get(server, "file.bin", "-o", "got") == 0
     assert Path("got").read_bytes() == DATA
     assert here() == {"got"}
     offset = min(have, len(DATA) - 1)
-    wait_for(lambda: capsys.readouterr().out, f'"GET /file.bin HTTP/1.1" 206 {len(DATA) - offset} ')
+    wait_for(server.read_log, f'"GET /file.bin HTTP/1.1" 206 {len(DATA) - offset} ')
 
 
-def test_resume_of_a_file_that_has_changed(
-    server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_of_a_file_that_has_changed(server: RunningServer, file: Path) -> None:
     leave_part(server.url + "file.bin", b"old bytes", '"old"')
     assert get(server, "file.bin", "-o", "got") == 0
     assert Path("got").read_bytes() == DATA
-    wait_for(lambda: capsys.readouterr().out, f'" 200 {len(DATA)} ')
+    wait_for(server.read_log, f'" 200 {len(DATA)} ')
 
 
 def test_resume_of_another_url(server: LocalServer, file: Path) -> None:

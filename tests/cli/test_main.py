@@ -155,6 +155,42 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert said == f"cannot listen on 127.0.0.1 port {port}: it is in use"
 
 
+@pytest.mark.parametrize("where", ["host", "127.0.0.1:", "127.0.0.1:99999", "1:-1"])
+def test_wrong_metrics_address(capsys: pytest.CaptureFixture[str], where: str) -> None:
+    said = refused(capsys, "serve", ".", "--port", "0", "--metrics", where)
+    assert said == f"--metrics needs [HOST:]PORT, not {where}"
+
+
+def test_metrics_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        said = refused(capsys, "serve", ".", "--port", "0", "--metrics", port)
+    assert said == f"cannot listen on 127.0.0.1 port {port}: it is in use"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_port_that_is_shared_by_others(capsys: pytest.CaptureFixture[str], workers: str) -> None:
+    """SO_REUSEPORT is for our own workers: no connection may go to somebody else's."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+        port = str(other.getsockname()[1])
+        said = refused(capsys, "serve", ".", "--port", port, "--workers", workers)
+    assert said == f"cannot listen on 127.0.0.1 port {port}: it is in use"
+
+
+@pytest.mark.parametrize("missing", ["aiohttp", "prometheus_client"])
+def test_serve_without_the_extra(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from ktls.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "serve" in run("--help").stdout  # which does not need it
+    done = run("serve", ".")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "pip install 'ktls[cli]'" in done.stderr
+
+
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b"])
 def test_unknown_host(capsys: pytest.CaptureFixture[str], host: str) -> None:
     assert refused(capsys, "serve", ".", "--host", host).startswith(f"unknown host {host}: ")

@@ -17,7 +17,14 @@ import pytest
 
 from ktls.cli.file_app import ONE_RECORD
 
-from .helpers import LocalServer, client_context, running_server, serve_command, wait_for
+from .helpers import (
+    LocalServer,
+    RunningServer,
+    client_context,
+    running_server,
+    serve_command,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -295,9 +302,7 @@ def test_body_of_a_request_is_not_taken_for_a_request(server: LocalServer, file:
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
-def test_file_that_shrinks_is_not_filled_up(
-    server: LocalServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_file_that_shrinks_is_not_filled_up(server: RunningServer) -> None:
     big = server.directory / "big"
     make_big(big)
     with server.connection() as connection:
@@ -307,7 +312,7 @@ def test_file_that_shrinks_is_not_filled_up(
         os.truncate(big, 10)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             response.read()
-    wait_for(lambda: capsys.readouterr().err, "connection ended: the file shrank: ")
+    wait_for(server.read_complaints, "connection ended: the file shrank: ")
 
 
 def test_silent_client_keeps_nobody_waiting(server: LocalServer, file: Path) -> None:
@@ -320,22 +325,53 @@ def test_silent_client_keeps_nobody_waiting(server: LocalServer, file: Path) -> 
             sock.close()
 
 
-def test_client_that_does_not_trust_is_one_line(
-    server: LocalServer, capsys: pytest.CaptureFixture[str]
+def test_slow_handshake_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktls.cli.serving._HANDSHAKE_TIMEOUT", 0.05)
+    with socket.create_connection(("127.0.0.1", server.port), 30) as sock:
+        assert sock.recv(1) == b""
+    wait_for(server.read_complaints, "handshake is taking longer than 0.05 seconds")
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /file.bin HT"])
+def test_silence_ends_the_connection(
+    identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
+    """Between requests and within one."""
+    monkeypatch.setattr("ktls.cli.serving._IDLE_TIMEOUT", 0.1)
+    with running_server(identity, tmp_path) as server, server.connection() as connection:
+        get(connection, "/")
+        connection.sock.sendall(said)
+        assert connection.sock.recv(1) == b""
+
+
+def test_client_that_stops_reading_ends(
+    identity: Identity,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ktls.cli.serving._STALLED_TIMEOUT", 300)  # ms
+    make_big(tmp_path / "big")
+    with running_server(identity, tmp_path) as server, server.connection() as connection:
+        connection.request("GET", "/big")
+        wait_for(server.read_complaints, "connection ended: ")
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            connection.getresponse().read()
+
+
+def test_client_that_does_not_trust_is_one_line(server: RunningServer) -> None:
     with (
         socket.create_connection(("127.0.0.1", server.port), 30) as sock,
         pytest.raises(ssl.SSLCertVerificationError),
     ):
         ssl.create_default_context().wrap_socket(sock, server_hostname="127.0.0.1")
-    line = wait_for(lambda: capsys.readouterr().err, "\n")
+    line = wait_for(server.read_complaints, "\n")
     assert re.fullmatch(r"127\.0\.0\.1: connection ended: .*unknown ca\n", line)
 
 
-def test_access_log(server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_access_log(server: RunningServer, file: Path) -> None:
     with server.connection() as connection:
         get(connection, "/file.bin")
-    line = wait_for(lambda: capsys.readouterr().out, "\n")
+    line = wait_for(server.read_log, "\n")
     match = re.fullmatch(
         r'127\.0\.0\.1 "GET /file\.bin HTTP/1\.1" 200 (\d+) tx=(\w+) rx=(\w+)\n', line
     )
@@ -354,9 +390,7 @@ def test_access_log(server: LocalServer, file: Path, capsys: pytest.CaptureFixtu
         (b"/" + b"x" * 5000, "xxx... HTTP/1.1"),
     ],
 )
-def test_logs_cannot_be_forged(
-    server: LocalServer, target: bytes, shown: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_logs_cannot_be_forged(server: RunningServer, target: bytes, shown: str | None) -> None:
     with (
         socket.create_connection(("127.0.0.1", server.port), 30) as sock,
         client_context(server.ca).wrap_socket(sock, server_hostname="127.0.0.1") as tls,
@@ -366,16 +400,9 @@ def test_logs_cannot_be_forged(
         while data := tls.recv(4096):
             answer += data
     assert b"\r\nServer: ktls\r\n" in answer
-    said: list[str] = []
-
-    def log() -> str:
-        out, err = capsys.readouterr()
-        said.append(err)
-        return out
-
-    said.append(wait_for(log, "\n"))
-    assert shown is None or shown in said[-1]
-    for line in "".join(said).splitlines():
+    logged = wait_for(server.read_log, "\n")
+    assert shown is None or shown in logged
+    for line in (logged + server.read_complaints()).splitlines():
         assert line.isprintable()
         assert line.isascii()
         assert len(line) < 4000  # PIPE_BUF
@@ -383,22 +410,18 @@ def test_logs_cannot_be_forged(
 
 @pytest.mark.kernel
 @pytest.mark.rekey
-def test_kernel_both_ways(
-    server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernel_both_ways(server: RunningServer, file: Path) -> None:
     with server.connection() as connection:
         assert get(connection, "/file.bin")[1] == DATA
-    wait_for(lambda: capsys.readouterr().out, "tx=kernel rx=kernel")
+    wait_for(server.read_log, "tx=kernel rx=kernel")
 
 
 @pytest.mark.kernel
 @pytest.mark.norekey
-def test_kernel_sends_only(
-    server: LocalServer, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernel_sends_only(server: RunningServer, file: Path) -> None:
     with server.connection() as connection:
         assert get(connection, "/file.bin")[1] == DATA
-    wait_for(lambda: capsys.readouterr().out, "tx=kernel rx=userspace")
+    wait_for(server.read_log, "tx=kernel rx=userspace")
 
 
 # --- the end -------------------------------------------------------------------------------------------------------
@@ -427,9 +450,7 @@ def test_end_lets_downloads_finish(identity: Identity, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grace", [0.05, 30.0])
-def test_end_cuts_what_does_not_finish(
-    identity: Identity, tmp_path: Path, grace: float, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_end_cuts_what_does_not_finish(identity: Identity, tmp_path: Path, grace: float) -> None:
     """After the grace, or when told twice; and nobody takes a part for the whole."""
     make_big(tmp_path / "big")
     with (
@@ -444,9 +465,8 @@ def test_end_cuts_what_does_not_finish(
         server.join()  # its time limit is the assertion
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             response.read()
-    out, err = capsys.readouterr()
-    assert re.search(r'"GET /big HTTP/1.1" 200 \d+ tx=', out)
-    assert err == ""  # it was us
+    assert re.search(r'"GET /big HTTP/1.1" 200 \d+ tx=', server.read_log())
+    assert server.read_complaints() == ""  # it was us
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -88,13 +88,15 @@ def command(
     root = _directory(directory)
     if key is not None and cert is None:
         raise Failure("--key needs --cert")
+    metrics_address = None if metrics is None else _metrics_address(metrics)
     identity = _local_identity(host) if cert is None else None
     context = _context(identity, cert, key, offload)
     with ExitStack() as stack:
-        listeners = _listen(host, port, workers)
-        metrics_listener = None if metrics is None else _metrics_listener(metrics)
-        for listener in (*listeners, *([metrics_listener] if metrics_listener else [])):
-            stack.enter_context(listener)
+        listeners = [stack.enter_context(sock) for sock in _listen(host, port, workers)]
+        metrics_listener = None
+        if metrics_address is not None:
+            (metrics_listener,) = _listen(*metrics_address)
+            stack.enter_context(metrics_listener)
         if metrics_listener is not None:
             click.echo(f"metrics on http://{_shown(metrics_listener)}/metrics")
         _announce(listeners[0].getsockname()[1], host, root, identity)
@@ -186,12 +188,11 @@ def _listen(host: str, port: int, shared: int = 1) -> list[socket.socket]:
         raise Failure(f"cannot listen on {host} port {port}: {why}") from error
 
 
-def _metrics_listener(where: str) -> socket.socket:
+def _metrics_address(where: str) -> tuple[str, int]:
     host, _, port = where.rpartition(":")
     if not re.fullmatch("[0-9]{1,5}", port, re.ASCII) or int(port) > 65535:
         raise Failure(f"--metrics needs [HOST:]PORT, not {where}")
-    (listener,) = _listen(host.strip("[]") or "127.0.0.1", int(port))
-    return listener
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def _shown(listener: socket.socket) -> str:

@@ -158,15 +158,13 @@ class FileServer:
             await self._loop.connect_accepted_socket(
                 self._http, sock, ssl=self._context, ssl_handshake_timeout=_HANDSHAKE_TIMEOUT
             )
-        except asyncio.CancelledError:
-            sock.close()
-            raise
         except Exception as error:
             self._complain(peer, error)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
+        await asyncio.sleep(0)  # what was just accepted begins its handshake, which then closes it
         for handshake in self._handshakes:
             handshake.cancel()
         finish = self._loop.create_task(self._http.finish())
