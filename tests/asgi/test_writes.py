@@ -31,6 +31,9 @@ class FakeTransport(asyncio.Transport):
     def writelines(self, list_of_data: Any) -> None:
         self.writes.append(b"".join(list_of_data))
 
+    def write_eof(self) -> None:
+        self.writes.append(b"EOF")
+
     def is_closing(self) -> bool:
         return bool(self.ended)
 
@@ -178,3 +181,17 @@ def test_what_is_held_keeps_its_place() -> None:
 
     transport = on_a_cork(act)
     assert transport.writes == [b"before ", b"one two three ", b"after ", b"end"]
+
+
+def test_lines_and_ends_keep_theirs_too() -> None:
+    def act(cork: Cork) -> None:
+        with cork.holding():
+            cork.writelines([b"one ", b"two "])
+        cork.writelines([b"three ", b"four "])
+        cork.writelines([b"five ", b"six "])
+        with cork.holding():
+            cork.write(b"seven")
+        cork.write_eof()
+
+    transport = on_a_cork(act)
+    assert transport.writes == [b"one two three four ", b"five six ", b"seven", b"EOF"]

@@ -6,6 +6,8 @@ Applications find ``http.response.pathsend`` and ``http.response.zerocopysend`` 
 ``FileResponse`` and ``StaticFiles`` do, for whole files (for ranges they send body messages, which work as ever). On a connection in the kernel the file then
 goes out by ``sendfile``; on all others, plain ones included, the same application works, by the loop's own ``sendfile`` or by reading and writing.
 
+Middleware must pass the messages on: Starlette's ``GZipMiddleware`` and ``BaseHTTPMiddleware`` do that for ``pathsend``, the latter not for ``zerocopysend``.
+
 ``PathSendProtocol`` uses httptools where that is installed and h11 otherwise, as uvicorn does; ``H11PathSendProtocol`` always uses h11.
 """
 

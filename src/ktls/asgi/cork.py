@@ -9,7 +9,7 @@ loop's next turn: long enough for an application that goes straight on, never no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -60,6 +60,20 @@ class Cork:
             self.transport.writelines((self._take(), data))
         else:
             self.transport.write(data)
+
+    def writelines(self, list_of_data: Iterable[bytes]) -> None:
+        """Write all of ``list_of_data``, in the same way."""
+        if self._holding:
+            self.write(b"".join(list_of_data))
+        elif self._held:
+            self.transport.writelines((self._take(), *list_of_data))
+        else:
+            self.transport.writelines(list_of_data)
+
+    def write_eof(self) -> None:
+        """Write what was held, and end our direction."""
+        self.flush()
+        self.transport.write_eof()
 
     def flush(self) -> None:
         """Write what was held."""
