@@ -15,6 +15,8 @@ says that something else is next, and about what it does not say (measured on 6.
 - A failed read leaves its error in SO_ERROR, where the next send would find it: it is cleared, so that the alert can go out.
 - ``close`` and ``shutdown`` throw away what is still queued above TCP. A *blocking* ``send`` that has returned has no such rest; after a
   non-blocking one only ``SIOCOUTQ == 0`` proves it. ``flush`` is that test.
+- ``sendfile`` leaves its last record open as long as less was sent than asked for. If it then finds the end of the file it sends that record off *waiting for room*,
+  O_NONBLOCK or not: a slow peer holds the whole event loop. So it is never asked for more than the file has.
 - Zero-length records can't be sent, MSG_MORE leaves a record open that ``close`` would lose: neither is ever used.
 
 What this module does not do: it never reads ahead, never decides what a record means, never waits by itself, and does not attach
@@ -154,7 +156,10 @@ class KernelSender:
         if self._dead is not None:
             raise self._dead_again()
         try:
-            return os.sendfile(self._sock.fileno(), fd, offset, count)
+            left = os.fstat(fd).st_size - offset
+            return os.sendfile(
+                self._sock.fileno(), fd, offset, min(count, left) if left > 0 else count
+            )
         except OSError as error:
             self._note(error)
             raise
