@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import anyio
-
 import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import anyio
 import pytest
-from anyio import BrokenResourceError
 
+import anyio
 import ktls
+from anyio import BrokenResourceError
 from ktls.anyio import KTLSAttribute, KTLSStream
 from ktls.handshake.keylog import KeyLogTap
 

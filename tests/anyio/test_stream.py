@@ -8,8 +8,10 @@ import struct
 from contextlib import suppress
 from typing import Any
 
-import anyio
 import pytest
+
+import anyio
+import ktls
 from anyio import (
     BrokenResourceError,
     BusyResourceError,
@@ -17,8 +19,6 @@ from anyio import (
     EndOfStream,
     wait_all_tasks_blocked,
 )
-
-import ktls
 from ktls.anyio import KTLSAttribute
 
 from ..sockets.helpers import Case, Net, matrix, pattern, read_all, read_exactly
