@@ -89,7 +89,8 @@ def make_terms(
         if server_side:
             raise ValueError("Server side SSL needs a valid SSLContext")
         context = _create_default_context()
-        context.check_hostname = bool(server_hostname)
+        if not server_hostname:
+            context.check_hostname = False
     for name, value in (("handshake", handshake_timeout), ("shutdown", shutdown_timeout)):
         if value is not None and value <= 0:
             raise ValueError(f"ssl_{name}_timeout should be a positive number, got {value}")

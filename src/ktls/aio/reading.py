@@ -234,14 +234,19 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         except BaseException as error:
             self._fatal_error(error, "Fatal error: protocol.eof_received() call failed.")
             return
-        # In TLS 1.2 close_notify has closed both directions (RFC 5246 §7.2.1).
-        if not keep_open or not self.can_write_eof():
+        if not self.can_write_eof():
+            self._closed_by_peer()
+        elif not keep_open:
             self.close()
 
     # --- the subclass's ----------------------------------------------------------------------------------------
 
     def _refuse_truncation(self, truncation: TruncatedError | None) -> bool:
         """End the connection if a stream without close_notify is not to be taken for a whole one; return whether that is so."""
+        raise NotImplementedError
+
+    def _closed_by_peer(self) -> None:
+        """The end of the peer's direction is the end of ours."""
         raise NotImplementedError
 
     def _read_failed(self, error: OSError) -> None:

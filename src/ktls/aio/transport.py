@@ -10,6 +10,7 @@ close_notify; a file can be sent in the middle of writes.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import select
 import warnings
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 
 from ktls.closing import drop_unread, shut_down
 from ktls.handshake.handoff import Offload, RecordDriver
-from ktls.protocol.errors import TruncatedError
+from ktls.protocol.errors import LocalProtocolError, TruncatedError
 
 from .closing import Closer
 from .established import KTLSObject
@@ -228,7 +229,10 @@ class KTLSTransport(WritingTransport):
             self._stop_writing()
             self._driver.flush()
         except BlockingIOError:
-            return  # the FIN can't go now without cutting a record off; ``close`` will send it
+            # The FIN can't go now without cutting a record off; ``close`` will send it, at the latest.
+            if self._driver.unsent:
+                self._wait_for_room()
+            return
         except OSError as error:
             self._write_failed(error)
             return
@@ -292,6 +296,8 @@ class KTLSTransport(WritingTransport):
         self._close(error)
 
     def _write_failed(self, error: OSError) -> None:
+        if isinstance(error, LocalProtocolError) and self._driver.peer_closed:
+            error = _closed_early()  # as above; written to in eof_received
         self._report(error, "Fatal write error on TLS transport")
         self._drop_queue(error)
         if self._closer is None:
@@ -306,6 +312,14 @@ class KTLSTransport(WritingTransport):
         self._drop_queue(truncation)
         self._close(truncation)
         return True
+
+    def _closed_by_peer(self) -> None:
+        error = None
+        if self._queue is not None and self._driver.peer_closed and self.offload.tx != "engine":
+            # TLS 1.2: close_notify has closed both directions, "discarding any pending writes" (RFC 5246 §7.2.1).
+            error = _closed_early()
+            self._drop_queue(error)
+        self._close(error)
 
     def _fatal_error(
         self, error: BaseException, message: str = "Fatal error on TLS transport"
@@ -331,3 +345,9 @@ class KTLSTransport(WritingTransport):
                 "protocol": self._protocol,
             }
         )
+
+
+def _closed_early() -> ConnectionResetError:
+    return ConnectionResetError(
+        errno.ECONNRESET, "the peer closed the connection before everything was sent"
+    )
