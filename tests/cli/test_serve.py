@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.client
@@ -356,6 +357,25 @@ def test_client_that_stops_reading_ends(
         wait_for(server.read_complaints, "connection ended: ")
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             connection.getresponse().read()
+
+
+def test_no_descriptors_left(
+    server: RunningServer, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so, waits, and goes on."""
+    accept = socket.socket.accept
+    errors = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    def fail_once(self: socket.socket) -> tuple[socket.socket, object]:
+        if errors:
+            raise errors.pop()
+        return accept(self)
+
+    monkeypatch.setattr("ktls.cli.serving._ACCEPT_DELAY", 0.01)
+    monkeypatch.setattr(socket.socket, "accept", fail_once)
+    with server.connection() as connection:
+        assert get(connection, "/file.bin")[1] == DATA
+    assert server.read_complaints() == "cannot accept connections: Too many open files\n"
 
 
 def test_client_that_does_not_trust_is_one_line(server: RunningServer) -> None:

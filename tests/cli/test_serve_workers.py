@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 BIG = 20 << 20  # more than any socket buffer
 CONNECTIONS = 30
+FEW = 8
 
 
 def request(
@@ -93,16 +94,16 @@ def test_worker_that_dies_is_replaced(tmp_path: Path, data_home: Path) -> None:
         first, second = command.workers
         # It has connections that will be nobody's.
         with contextlib.ExitStack() as stack:
-            for _ in range(CONNECTIONS):
+            for _ in range(FEW):
                 request(stack.enter_context(command.connection()), "/a")
-            wait_until(lambda: answers(command) == CONNECTIONS)
+            wait_until(lambda: answers(command) == FEW)
             os.kill(first, signal.SIGKILL)
             wait_until(lambda: len(command.workers) == 2 and first not in command.workers)
-        for _ in range(CONNECTIONS):
+        for _ in range(FEW):
             with command.connection() as connection:
                 assert request(connection, "/a")[1] == b"content"
         # What the dead one counted, counts; what it had open does not.
-        wait_until(lambda: answers(command) == 2 * CONNECTIONS)
+        wait_until(lambda: answers(command) == 2 * FEW)
         wait_until(lambda: open_connections(command) == 0)
         os.kill(second, signal.SIGTERM)  # ends in order, and is replaced
         wait_until(lambda: len(command.workers) == 2 and second not in command.workers)
@@ -185,6 +186,13 @@ def test_log_that_nobody_reads(tmp_path: Path, data_home: Path) -> None:
             assert request(connection, f"/{name}")[0].status == 404
         command.process.send_signal(signal.SIGTERM)
         assert command.process.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_signal_at_once(tmp_path: Path, data_home: Path, workers: str) -> None:
+    """As soon as it says that it listens, it also hears."""
+    with serve_command(tmp_path, data_home, "--workers", workers) as command:
+        assert command.end() == ""
 
 
 def test_grace_ends(tmp_path: Path, data_home: Path) -> None:

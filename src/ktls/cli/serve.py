@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import re
+import signal
 import socket
 import ssl
 from contextlib import ExitStack
@@ -99,6 +100,9 @@ def command(
             stack.enter_context(metrics_listener)
         if metrics_listener is not None:
             click.echo(f"metrics on http://{_shown(metrics_listener)}/metrics")
+        # Whoever reads that we listen may signal us before we look out for it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         _announce(listeners[0].getsockname()[1], host, root, identity)
         shared = metrics_listener is not None and workers > 1
         counts = stack.enter_context(TemporaryDirectory(prefix="ktls-")) if shared else None

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 from ktls.aio import new_event_loop
-from ktls.settings import settings_of
 
 from .line_writer import LineWriter
 from .serving import FileServer
@@ -61,7 +60,7 @@ async def _serve(plan: Plan, listener: socket.socket, lifeline: int | None) -> N
             from .metrics import Metrics, MetricsServer
 
             metrics = Metrics(plan.metrics_directory)
-            settings_of(plan.context).observer = metrics
+            plan.context.observer = metrics
             await stack.enter_async_context(MetricsServer(metrics, plan.metrics_listener))
         server = FileServer(
             listener,
