@@ -429,6 +429,27 @@ def test_logs_cannot_be_forged(server: RunningServer, target: bytes, shown: str 
 
 
 @pytest.mark.kernel
+def test_kernel_takes_the_file(
+    server: RunningServer, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit into a record with its header is not copied; what does is one record."""
+    sent, sendfile = [], os.sendfile
+
+    def count(*arguments: int) -> int:
+        done = sendfile(*arguments)
+        sent.append(done)
+        return done
+
+    monkeypatch.setattr(os, "sendfile", count)
+    (server.directory / "small").write_bytes(DATA[:1000])
+    with server.connection() as connection:
+        assert get(connection, "/small")[1] == DATA[:1000]
+        assert sent == []
+        assert get(connection, "/file.bin", Range="bytes=1000-91000")[1] == DATA[1000:91001]
+        assert sum(sent) == 90001
+
+
+@pytest.mark.kernel
 @pytest.mark.rekey
 def test_kernel_both_ways(server: RunningServer, file: Path) -> None:
     with server.connection() as connection:
