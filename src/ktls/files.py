@@ -18,7 +18,15 @@ from ktls.record.meter import MAX_PIECE
 
 from .waiting import WaitingSocket, for_read, for_write
 
-__all__ = ("FileCopier", "FileMover", "FileSocket", "FileSplicer", "Pipe", "SendableFile")
+__all__ = (
+    "FileCopier",
+    "FileMover",
+    "FileSocket",
+    "FileSplicer",
+    "Pipe",
+    "SendableFile",
+    "regular_file",
+)
 
 _COPY_SIZE: Final = 64 * 1024
 _PIPE_SIZE: Final = 256 * 1024
@@ -34,6 +42,15 @@ class SendableFile(Protocol):
     def seek(self, offset: int, /) -> object:
         """Set the position."""
         ...
+
+
+def regular_file(file: Any) -> int | None:
+    """Return the descriptor of a regular file, or None for whatever else can be read or written."""
+    try:
+        fd: int = file.fileno()  # BytesIO has one that raises, other readers have none
+        return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except (AttributeError, io.UnsupportedOperation):
+        return None
 
 
 @final
@@ -145,15 +162,6 @@ class FileSocket(WaitingSocket):
     def _ready(self) -> RecordDriver:
         raise NotImplementedError
 
-    @staticmethod
-    def _regular(file: Any) -> int | None:
-        """Return the descriptor of a regular file, or None for whatever else can be read or written."""
-        try:
-            fd: int = file.fileno()  # BytesIO has one that raises, other readers have none
-            return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
-        except (AttributeError, io.UnsupportedOperation):
-            return None
-
     def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
         """Send ``file`` from ``offset``, ``count`` bytes or up to its end; return how many bytes were sent, less if the file is shorter.
 
@@ -167,7 +175,7 @@ class FileSocket(WaitingSocket):
         if self.gettimeout() == 0.0:
             raise ValueError("non-blocking sockets are not supported")
         driver = self._ready()
-        fd = self._regular(file)
+        fd = regular_file(file)
         if fd is None:
             return self._sendfile_use_send(file, offset, count)
         total = 0
@@ -220,7 +228,7 @@ class FileSocket(WaitingSocket):
         driver = self._ready()
         file.flush()
         spliceable = driver.rx_layer == "kernel" and not driver.pending()
-        if spliceable and self._regular(file) is not None:
+        if spliceable and regular_file(file) is not None:
             mover: FileMover = FileSplicer(driver, self._get_pipe(), file)
         else:
             mover = FileCopier(driver, file, self._read_flags)

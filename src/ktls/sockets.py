@@ -282,6 +282,8 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
     @staticmethod
     def _push_owed(driver: RecordDriver) -> None:
         driver.run_owed()
+        if driver.unsent:
+            driver.flush()  # says so if the connection is gone, which ``run_owed`` never does
         if driver.owes:
             raise BlockingIOError(errno.EAGAIN, "commands are still owed")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import anyio
+
 import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
 

@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
+import anyio
 import pytest
 import trio
 import trio.testing
 from trio.abc import HalfCloseableStream
 
-import anyio
 import ktls
 from ktls.anyio import KTLSStream
 from ktls.handshake.handoff import OffloadPolicy

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 import anyio
-import ktls
+import pytest
 from anyio import BrokenResourceError
+
+import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
 from ktls.handshake.keylog import KeyLogTap
 

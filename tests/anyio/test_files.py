@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import anyio
+import pytest
 from anyio import BrokenResourceError, BusyResourceError
+
 from ktls.anyio import KTLSAttribute
 
 from ..sockets.helpers import Case, Net, pattern, read_all, read_exactly

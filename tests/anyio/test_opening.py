@@ -7,14 +7,14 @@ import socket
 import ssl
 from typing import Any
 
+import anyio
 import pytest
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute, SocketStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-import anyio
 import ktls
 import ktls.anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from ktls.anyio import KTLSAttribute, KTLSListener, KTLSStream
 
 from ..sockets.helpers import Case, Net, descriptors, pattern, read_exactly

@@ -8,10 +8,8 @@ import struct
 from contextlib import suppress
 from typing import Any
 
-import pytest
-
 import anyio
-import ktls
+import pytest
 from anyio import (
     BrokenResourceError,
     BusyResourceError,
@@ -19,6 +17,8 @@ from anyio import (
     EndOfStream,
     wait_all_tasks_blocked,
 )
+
+import ktls
 from ktls.anyio import KTLSAttribute
 
 from ..sockets.helpers import Case, Net, matrix, pattern, read_all, read_exactly

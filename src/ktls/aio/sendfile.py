@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import stat
-from typing import IO, Any, Final
+from typing import IO, Final
+
+from ktls.files import regular_file
 
 from .transport import KTLSTransport
 from .writing import FilePart, Mark
@@ -45,21 +44,12 @@ async def sendfile(
     loop = asyncio.get_running_loop()
     if not isinstance(transport, KTLSTransport):
         return await loop.sendfile(transport, file, offset, count, fallback=fallback)
-    fd = _regular(file)
+    fd = regular_file(file)
     if fd is not None:
         return await _send(loop, transport, file, fd, offset, count)
     if not fallback:
         raise asyncio.SendfileNotAvailableError("not a regular file")
     return await _copy(loop, transport, file, offset, count)
-
-
-def _regular(file: Any) -> int | None:
-    """Return the descriptor of a regular file, or None for whatever else can be read."""
-    try:
-        fd: int = file.fileno()
-        return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
-    except (AttributeError, io.UnsupportedOperation):
-        return None
 
 
 async def _send(

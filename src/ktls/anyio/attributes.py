@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import anyio
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute
 
-import anyio
 from ktls.handshake.handoff import Offload
 from ktls.protocol.limits import KeyUsage
 

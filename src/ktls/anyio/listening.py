@@ -9,10 +9,10 @@ import ssl
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import anyio
 from anyio.abc import Listener, SocketStream, TaskGroup
 from anyio.streams.tls import TLSAttribute
 
-import anyio
 from ktls.context import create_default_context
 from ktls.settings import Settings
 

@@ -18,11 +18,11 @@ import ssl
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute, SocketStream
 from anyio.lowlevel import checkpoint
 
-import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from ktls.established import Established, EstablishedFacts
 from ktls.handshake.engine import HandshakeEngine, engine_for
 from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare

@@ -16,23 +16,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import os
 import select
 import socket
 import ssl
-import stat
 from collections.abc import Callable, Mapping
 from typing import Any, Final, final
 
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
 from anyio.abc import ByteStream, SocketStream
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, ResourceGuard
 from ktls.closing import drop_unread, try_finish
 from ktls.context import create_default_context
-from ktls.files import SendableFile
+from ktls.files import SendableFile, regular_file
 from ktls.protocol.errors import LocalProtocolError, TruncatedError
 from ktls.record.meter import MAX_PIECE
 from ktls.settings import Settings, settings_of
@@ -246,7 +244,7 @@ class KTLSStream(WaitingStream, ByteStream):
             raise ValueError(f"count must be a positive integer (got {count!r})")
         with self._sending:
             self._check_may_send()
-            fd = _regular(source)
+            fd = regular_file(source)
             if fd is None:
                 return await self._copy(source, offset, count)
             return await self._sendfile(source, fd, offset, count)
@@ -353,12 +351,3 @@ class KTLSStream(WaitingStream, ByteStream):
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         """See the class."""
         return attributes_of(self._opened, self._standard_compatible)
-
-
-def _regular(file: Any) -> int | None:
-    """Return the descriptor of a regular file, or None for whatever else can be read."""
-    try:
-        fd: int = file.fileno()
-        return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
-    except (AttributeError, io.UnsupportedOperation):
-        return None

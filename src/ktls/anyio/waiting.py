@@ -20,10 +20,10 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
-
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+
 from ktls.handshake.handoff import RecordDriver
 
 __all__ = ("WaitingStream",)
