@@ -62,13 +62,13 @@ class Loop:
             async with asyncio.timeout(PATIENCE):
                 result = await main()
             await turns(3)
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]  # there is one
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
             assert not tasks
             return result
 
         with asyncio.Runner(loop_factory=_FACTORIES[self.name]) as runner:
             result = runner.run(bounded())
-        assert not self.problems
+        assert not self.problems, self.problems
         return result
 
     @property
@@ -168,7 +168,7 @@ class _Keeper(asyncio.BaseProtocol):
         self.diary.note("eof")
         return self._keep_open
 
-    def connection_lost(self, exc: BaseException | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self.diary.error = exc
         self.diary.note("lost")
 
@@ -396,7 +396,8 @@ async def connect(
     try:
         transport, _ = await made
     except BaseException:
-        await asyncio.wait([asyncio.wrap_future(theirs)])
+        mine.close()
+        await asyncio.gather(asyncio.wrap_future(theirs), return_exceptions=True)
         if theirs.exception() is None:
             net.keep(theirs.result())
         raise

@@ -241,7 +241,7 @@ def test_flow_control(net: Net, one_of_each: Loop) -> None:
         assert link.diary.events == ["made", "pause", "resume"]
         assert transport.get_write_buffer_size() <= 20_000
         reading = net.spawn(link.peer.read_data, total)
-        assert len(await result(reading)) == total
+        assert await result(reading) == bytes(total)
         assert link.diary.events == ["made", "pause", "resume"]
         transport.abort()
 
@@ -367,7 +367,7 @@ def asyncio_protocol() -> Any:
         def connection_made(self, transport: Any) -> None:
             pass
 
-        def connection_lost(self, exc: BaseException | None) -> None:
+        def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self.gone.set_result(None)
 
