@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import weakref
 from typing import TYPE_CHECKING, Final, final
 
 from .writing import say_close_notify
 
 if TYPE_CHECKING:
+    from .terms import Terms
     from .transport import KTLSTransport
 
 __all__ = ("Closer",)
@@ -36,9 +38,21 @@ _LAST_PAUSE: Final = 0.1
 class Closer:
     """The end of one connection, from ``begin`` to ``connection_lost``. ``error`` is what the protocol will be told."""
 
-    __slots__ = ("_deadline", "_done", "_error", "_pause", "_timer", "_transport")
+    __slots__ = (
+        "_deadline",
+        "_done",
+        "_error",
+        "_pause",
+        "_timer",
+        "_transport",
+        "context",
+        "observer",
+    )
 
-    def __init__(self, transport: KTLSTransport, error: BaseException | None) -> None:
+    def __init__(self, transport: KTLSTransport, error: BaseException | None, terms: Terms) -> None:
+        #: What is still needed of the terms.
+        self.context = weakref.ref(terms.context)
+        self.observer = terms.settings.observer
         self._transport = transport
         self._error = error
         self._pause = _FIRST_PAUSE

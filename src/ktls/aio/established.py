@@ -33,9 +33,9 @@ class KTLSObject(EstablishedFacts):
         return f"<ktls.aio.KTLSObject {self.version()} {self.offload}>"
 
     @property
-    def context(self) -> ssl.SSLContext:
-        """The context that the connection was made with. ``AttributeError`` once the connection has ended."""
-        return self._transport.terms.context
+    def context(self) -> ssl.SSLContext | None:
+        """The context that the connection was made with; None once the connection closes, if nobody else holds it."""
+        return self._transport.context
 
     @property
     def server_side(self) -> bool:

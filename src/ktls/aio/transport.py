@@ -28,6 +28,7 @@ from .writing import WritingTransport, say_close_notify
 
 if TYPE_CHECKING:
     import socket
+    import ssl
 
     from ktls.established import Established
 
@@ -120,7 +121,8 @@ class KTLSTransport(WritingTransport):
             case "socket":
                 return TransportSocket(self._sock)
             case "sslcontext":
-                return self.terms.context if hasattr(self, "terms") else default
+                context = self.context
+                return context if context is not None else default
             case "ssl_object" | "ktls":
                 if self._object is None:
                     self._object = KTLSObject(self)
@@ -133,6 +135,13 @@ class KTLSTransport(WritingTransport):
                 return self.established.info.compression
             case _:
                 return default
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """The context; None once the connection closes, if nobody else holds it."""
+        if hasattr(self, "terms"):
+            return self.terms.context
+        return self._closer.context() if self._closer is not None else None
 
     @property
     def offload(self) -> Offload:
@@ -212,8 +221,13 @@ class KTLSTransport(WritingTransport):
             return
         self._closing = True
         self._stop_reading()
-        self._closer = Closer(self, error)
-        self._closer.begin(self._loop, self.terms.shutdown_timeout)
+        terms = self.terms
+        self._closer = Closer(self, error, terms)
+        # A peer that is slow to take our last bytes is not to keep the context alive, nor the engine.
+        if self.established.tickets is not None:
+            self.established.tickets.close()
+        del self.terms
+        self._closer.begin(self._loop, terms.shutdown_timeout)
         if not self._lost and not self._ended:
             self._reading = True
             self._loop.add_reader(self._fd, self._discard)
@@ -273,12 +287,15 @@ class KTLSTransport(WritingTransport):
             if self._closer is not None:
                 drop_unread(self._sock)
             self._sock.close()
-            tickets = self.established.tickets
-            if tickets is not None:
-                tickets.close()
-            observer = self.terms.settings.observer
-            # The driver holds the secrets, the context certificates: nobody needs them any more.
-            del self._driver, self.terms
+            if self._closer is not None:
+                observer = self._closer.observer
+            else:
+                observer = self.terms.settings.observer
+                if self.established.tickets is not None:
+                    self.established.tickets.close()
+                del self.terms
+            # It holds the secrets, which nobody needs any more.
+            del self._driver
             self._protocol = self._closer = self._object = None
             if observer is not None:
                 observer.connection_ended(self._lost_offload, error)
