@@ -5,11 +5,13 @@ Theory of operation
 A level-triggered loop calls us when the socket is readable, and that is all that plain TCP needs. Kernel TLS breaks it in two places (measured on Linux 7.2):
 
 - The kernel may have *decrypted* a KeyUpdate while it filled our buffer with the data in front of it. From then on it opens no further record, and ``poll`` is silent, until
-  ``TLS_RX`` is set again: who reads once per event waits for ever. So after a read that left room in the buffer we read again: that is the one system
-  call more than plain TCP, and it ends with "nothing there" (or with the hidden record, which the driver handles). A read that filled the buffer can't have looked ahead.
+  ``TLS_RX`` is set again: who reads once per event waits for ever. So after a read that left room in the buffer we have to read again. (A read that filled the buffer can't have looked
+  ahead, and nothing else is ever hidden.) But that read nearly always finds nothing, and a system call that fails is the dearest part of a small request. So it is put off: a few milliseconds later all
+  connections of the loop that were read from in the meantime are read once more. Until then an event costs what it costs over plain TCP, one read; a busy connection pays
+  for the second one a hundred times a second at most; and data behind a KeyUpdate comes that much later, once per key.
 - A record that can't be opened keeps the socket readable for ever, with the same error. So the first fatal error ends the reading for good.
 
-Layers in this process read ahead: what they hold is not shown by ``poll`` either, and the same second read gets it.
+Layers in this process read ahead, and what they hold is not shown by ``poll`` either: there we read until nothing is left, at once.
 
 Plain text goes through one buffer for all connections of a loop; an idle connection owns none. ``BufferedProtocol`` gets it in its own buffer, uncopied.
 
@@ -31,25 +33,39 @@ if TYPE_CHECKING:
 
     from ktls.handshake.handoff import RecordDriver
 
-__all__ = ("ReadingTransport", "Shared", "shared_by")
+__all__ = ("MAX_READS", "ReadingTransport", "Shared", "shared_by")
 
 #: As asyncio's own transports (``max_size``): sixteen full records in one system call.
 _BUFFER_SIZE: Final = 256 * 1024
 #: Reads of one event, at most; the others get their turn, and we come back.
-_MAX_READS: Final = 16
+MAX_READS: Final = 16
+#: Seconds after which what ``poll`` may hide is looked for.
+_LOOK_AFTER: Final = 0.01
 
 
 @final
 class Shared:
     """What all connections of a loop have in common: they run in one thread, one after the other."""
 
-    __slots__ = ("buffer", "lock")
+    __slots__ = ("_unsettled", "buffer", "lock")
 
     def __init__(self) -> None:
+        self._unsettled: set[ReadingTransport] = set()
         #: What is read into it is to be copied out before anything else runs.
         self.buffer = memoryview(bytearray(_BUFFER_SIZE))
         #: In the place of the locks that a driver would have.
         self.lock = threading.RLock()
+
+    def look_later(self, transport: ReadingTransport) -> None:
+        """Have ``transport`` read once more, soon: the kernel may hide a KeyUpdate. See the theory above."""
+        if not self._unsettled:
+            transport._loop.call_later(_LOOK_AFTER, self._look)
+        self._unsettled.add(transport)
+
+    def _look(self) -> None:
+        unsettled, self._unsettled = self._unsettled, set()
+        for transport in unsettled:
+            transport._look_again()
 
 
 _shared: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared]] = (
@@ -79,6 +95,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         "_ended",
         "_fd",
         "_paused",
+        "_plain",
         "_protocol",
         "_reading",
         "_shared",
@@ -103,7 +120,9 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         self._sock = sock
         self._fd = sock.fileno()
         self._driver = driver
-        self._shared = shared_by(loop).buffer
+        self._shared = shared_by(loop)
+        #: The kernel opens the records: one read for an event will do, for now.
+        self._plain = driver.rx_layer == "kernel"
         #: Whether the loop watches the socket for us.
         self._reading = False
         #: Whether the protocol wants no data for now.
@@ -166,10 +185,10 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             self._on_readable()
 
     def _on_readable(self) -> None:
-        """Read and deliver until nothing is there. See the theory above."""
+        """Read and deliver: once in the kernel, elsewhere until nothing is there. See the theory above."""
         driver = self._driver
-        for _ in range(_MAX_READS):
-            buffer = self._get_buffer() if self._buffered else self._shared
+        for _ in range(MAX_READS):
+            buffer = self._get_buffer() if self._buffered else self._shared.buffer
             if buffer is None:
                 return
             try:
@@ -188,6 +207,10 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             self._deliver(count)
             if self._paused or self._closing:
                 return
+            if self._plain:
+                if count < len(buffer):
+                    self._shared.look_later(self)
+                break
             if count == len(buffer) and not driver.pending():
                 break
         else:
@@ -201,7 +224,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             if self._buffered:
                 self._protocol.buffer_updated(count)
             else:
-                self._protocol.data_received(bytes(self._shared[:count]))
+                self._protocol.data_received(bytes(self._shared.buffer[:count]))
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:

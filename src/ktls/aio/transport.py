@@ -24,6 +24,7 @@ from ktls.protocol.errors import LocalProtocolError, TruncatedError
 
 from .closing import Closer
 from .established import KTLSObject
+from .reading import MAX_READS
 from .writing import WritingTransport, say_close_notify
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ class KTLSTransport(WritingTransport):
         if not self._lost and not self._ended:
             self._reading = True
             self._loop.add_reader(self._fd, self._discard)
+            self._loop.call_soon(self._discard)  # what ``poll`` hides must go, too
 
     def _say_goodbye(self) -> None:
         if self._closer is not None:
@@ -254,9 +256,15 @@ class KTLSTransport(WritingTransport):
 
     def _discard(self) -> None:
         """While we close: read and drop. See ``closing``."""
+        if not self._reading:
+            return
         try:
-            while self._driver.recv_into(self._shared):
-                pass
+            for _ in range(MAX_READS):
+                if not self._driver.recv_into(self._shared.buffer):
+                    break
+            else:
+                self._loop.call_soon(self._discard)  # the others get their turn
+                return
         except BlockingIOError:
             return
         except OSError:
