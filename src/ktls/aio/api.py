@@ -25,7 +25,7 @@ from ktls.settings import Settings, settings_of
 
 from .handshake import Handshake
 from .server import Server
-from .takeover import Untouched, take_over
+from .takeover import Untouched, can_take_over, take_over
 from .terms import HANDSHAKE_TIMEOUT, Terms
 from .transport import KTLSTransport
 
@@ -152,11 +152,26 @@ async def create_connection(
     ``session`` resumes one; ``settings`` says what a plain context can't. Without ``suppress_ragged_eofs`` a TCP connection that ends without close_notify ends
     in ``connection_lost(TruncatedError)``.
     """
+    loop = asyncio.get_running_loop()
+    connect: Any = loop.create_connection
+    if (reason := unfit(ssl, sock)) is not None:
+        say_why("a connection", reason)
+        fallen_back: tuple[asyncio.Transport, _P] = await connect(
+            protocol_factory,
+            host,
+            port,
+            ssl=ssl,
+            sock=sock,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+            **options,
+        )
+        return fallen_back
     if server_hostname is None:
         if not host:
             raise ValueError("You must set server_hostname when using ssl without a host")
         server_hostname = host
-    loop = asyncio.get_running_loop()
     terms = make_terms(
         ssl,
         server_side=False,
@@ -167,15 +182,19 @@ async def create_connection(
         session=session,
         suppress_ragged_eofs=suppress_ragged_eofs,
     )
-    if sock is None:
-        connect: Any = loop.create_connection
-        transport, _ = await connect(Untouched, host, port, **options)
-        sock = await take_over(transport)
-    elif host is not None or port is not None:
-        raise ValueError("host/port and sock can not be specified at the same time")
-    else:
+    if sock is not None:
+        if host is not None or port is not None:
+            raise ValueError("host/port and sock can not be specified at the same time")
         _check_stream(sock)
-    protocol = protocol_factory()
+        protocol = protocol_factory()
+        return await shake_hands(sock, protocol, terms), protocol
+    transport, _ = await connect(Untouched, host, port, **options)
+    sock = await take_over(transport)
+    try:
+        protocol = protocol_factory()
+    except BaseException:
+        sock.close()
+        raise
     return await shake_hands(sock, protocol, terms), protocol
 
 
@@ -225,7 +244,11 @@ async def create_server(
     sockets = await _listeners(loop, host, port, sock, backlog, options)
     ours = Server(loop, sockets, protocol_factory, terms, backlog)
     if start_serving:
-        await ours.start_serving()
+        try:
+            await ours.start_serving()
+        except BaseException:
+            ours.close()
+            raise
     return ours
 
 
@@ -266,6 +289,17 @@ async def connect_accepted_socket(
     suppress_ragged_eofs: bool = True,
 ) -> tuple[asyncio.Transport, _P]:
     """Be the server of a connection that somebody else has accepted; as ``loop.connect_accepted_socket`` with ``ssl``."""
+    if (reason := unfit(ssl, sock)) is not None:
+        say_why("an accepted connection", reason)
+        accept: Any = asyncio.get_running_loop().connect_accepted_socket
+        fallen_back: tuple[asyncio.Transport, _P] = await accept(
+            protocol_factory,
+            sock,
+            ssl=ssl,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+        return fallen_back
     _check_stream(sock)
     terms = make_terms(
         ssl,
@@ -300,6 +334,22 @@ async def start_tls(
         raise TypeError(
             f"sslcontext is expected to be an instance of ssl.SSLContext, got {sslcontext!r}"
         )
+    reason = unfit(sslcontext)
+    if reason is None and not can_take_over(transport):
+        reason = f"{type(transport).__name__} is not plain TCP"
+    if reason is not None:
+        say_why("start_tls", reason)
+        start: Any = asyncio.get_running_loop().start_tls
+        fallen_back: asyncio.Transport = await start(
+            transport,
+            protocol,
+            sslcontext,
+            server_side=server_side,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+        return fallen_back
     terms = make_terms(
         sslcontext,
         server_side=server_side,

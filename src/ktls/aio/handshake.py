@@ -17,6 +17,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+from ktls.closing import drop_unread
 from ktls.established import Established
 from ktls.handshake.engine import HandshakeEngine, engine_for
 from ktls.handshake.handoff import Offload, hand_off, prepare
@@ -180,6 +181,12 @@ class Handshake:
     # --- the two ends ------------------------------------------------------------------------------------------
 
     def _complete(self) -> None:
+        waiter = self.waiter
+        if (
+            waiter is not None and waiter.done()
+        ):  # nobody waits any more, and the protocol knows nothing
+            self._fail(asyncio.CancelledError())
+            return
         self._stop()
         engine, self._engine = self._engine, None
         assert engine is not None
@@ -190,10 +197,6 @@ class Handshake:
             raise
         except BaseException as error:
             self._fail(error)
-            return
-        waiter = self.waiter
-        if waiter is not None and waiter.done():  # nobody waits any more
-            transport.abort()
             return
         try:
             if self._call_connection_made:
@@ -255,7 +258,12 @@ class Handshake:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        drop_unread(self._sock)  # it would make TCP take back what we said last, an alert
         self._sock.close()
+        if not self._call_connection_made:
+            # Whoever had a connection before has lost it.
+            lost = error if isinstance(error, Exception) else ConnectionAbortedError("cancelled")
+            self._loop.call_soon(self._protocol.connection_lost, lost)
         if self._terms.settings.observer is not None:
             self._terms.settings.observer.handshake_failed(error)
         self._report(error)

@@ -80,6 +80,10 @@ class _KernelTLS(_AnyLoop):  # type: ignore[misc]  # its base is decided by who 
         if reason is None:
             return await api.start_tls(transport, protocol, sslcontext, **options)
         api.say_why("start_tls", reason)
+        if isinstance(transport, KTLSTransport):
+            # asyncio's TLS runs on any transport and any loop, uvloop's only on transports of its own.
+            inside: Any = asyncio.BaseEventLoop.start_tls
+            return await inside(self, transport, protocol, sslcontext, **options)
         return await super().start_tls(transport, protocol, sslcontext, **options)
 
     async def sendfile(
