@@ -170,14 +170,12 @@ def test_address_taken_between_bind_and_listen(net: Net, loop: Loop) -> None:
 
 def test_wrong_arguments(net: Net, loop: Loop) -> None:
     async def main() -> None:
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as datagram:
-            with pytest.raises(ValueError, match="Stream Socket"):
-                await serve(net, loop, Keeper, sock=datagram)
-        with closing(socket.socket()) as sock:
-            with pytest.raises(ValueError, match="can not be specified at the same time"):
-                await loop.create_server(
-                    Keeper, LOCAL, 0, sock=sock, ssl=net.context("ktls", "server")
-                )
+        datagram = net.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with pytest.raises(ValueError, match="Stream Socket"):
+            await serve(net, loop, Keeper, sock=datagram)
+        sock, context = net.keep(socket.socket()), net.context("ktls", "server")
+        with pytest.raises(ValueError, match="can not be specified at the same time"):
+            await loop.create_server(Keeper, LOCAL, 0, sock=sock, ssl=context)
         with pytest.raises(TypeError, match="SSLContext"):
             await loop.create_server(Keeper, LOCAL, 0, ssl=True)
 

@@ -80,7 +80,8 @@ async def _copy(
     count: int | None,
 ) -> int:
     """Read in a thread, write, wait for room."""
-    if offset:
+    # As asyncio, from ``offset`` and not from where the file stands; but a pipe stands where it stands.
+    if offset or (hasattr(file, "seek") and getattr(file, "seekable", lambda: True)()):
         file.seek(offset)
     total = 0
     while count is None or total < count:
