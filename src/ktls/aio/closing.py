@@ -7,6 +7,9 @@ record and a clean FIN. A blocking ``send`` of close_notify would wait for it, b
 unacknowledged. So after close_notify we look at it, at once (on loopback, or with a quick peer, that is all), then from a timer with growing pauses. The peer's answer, if one comes, makes us look sooner.
 After a reset it stays as it was for ever; POLLHUP tells of that.
 
+One look is not enough: records for which TCP had no room are moved there by a kernel thread, and until it runs TCP may have nothing unacknowledged although more is to come (seen
+with small buffers, on one CPU). So it has to be seen twice, with a pause between that lets that thread run.
+
 Meanwhile what comes in is read and dropped: unread data would make TCP reset the connection at ``close`` and destroy what is on its way; and a peer that writes before
 it reads would never take our data.
 
@@ -43,6 +46,7 @@ class Closer:
         "_done",
         "_error",
         "_pause",
+        "_quiet",
         "_timer",
         "_transport",
         "context",
@@ -56,6 +60,8 @@ class Closer:
         self._transport = transport
         self._error = error
         self._pause = _FIRST_PAUSE
+        #: Whether TCP had nothing unacknowledged at the last look.
+        self._quiet = False
         self._done = False
         self._deadline: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -78,11 +84,27 @@ class Closer:
                 return
             transport.driver.flush()
         except BlockingIOError:
+            self._quiet = False
             self._look_later()
             return
         except OSError:
             pass  # the peer has gone: that is what closing is for
+        else:
+            if transport.driver.tx_layer == "kernel" and not self._seen_quiet():
+                return
         transport.end(self._error)
+
+    def _seen_quiet(self) -> bool:
+        """TCP has nothing unacknowledged: return whether that was so before the last pause, too. See above."""
+        if self._quiet:
+            return self._timer is None  # or something came in, and the pause isn't over
+        self._quiet = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pause = _FIRST_PAUSE
+        self._look_later()
+        return False
 
     def _look_later(self) -> None:
         transport = self._transport
