@@ -292,14 +292,15 @@ async def connect_accepted_socket(
     if (reason := unfit(ssl, sock)) is not None:
         say_why("an accepted connection", reason)
         accept: Any = asyncio.get_running_loop().connect_accepted_socket
-        fallen_back: tuple[asyncio.Transport, _P] = await accept(
-            protocol_factory,
+        protocol = protocol_factory()
+        transport, _ = await accept(  # uvloop returns another protocol
+            lambda: protocol,
             sock,
             ssl=ssl,
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
         )
-        return fallen_back
+        return transport, protocol
     _check_stream(sock)
     terms = make_terms(
         ssl,

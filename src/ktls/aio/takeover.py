@@ -40,8 +40,11 @@ class Untouched(asyncio.Protocol):
         if self._drained is not None and not self._drained.done():
             self._drained.set_exception(exc or ConnectionAbortedError("the connection was closed"))
 
-    async def drained(self) -> None:
+    async def drained(self, transport: Any) -> None:
         """Wait until everything written has gone."""
+        if self._drained is None and transport.get_write_buffer_size():
+            # So much that the protocol before us was told to pause; we hear only of the end of it.
+            self.pause_writing()
         if self._drained is not None:
             await self._drained
 
@@ -72,7 +75,7 @@ async def take_over(transport: Any) -> socket.socket:
     try:
         # With both limits at 0, pause_writing is called at once if anything waits.
         transport.set_write_buffer_limits(0)
-        await waiting.drained()
+        await waiting.drained(transport)
         sock = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
     finally:
         transport.abort()
