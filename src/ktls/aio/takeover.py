@@ -50,10 +50,12 @@ class Untouched(asyncio.Protocol):
 
 
 def can_take_over(transport: Any) -> bool:
-    """Whether ``transport`` is a loop's own TCP transport in plain text."""
+    """Whether ``transport`` is a loop's own TCP transport in plain text, or too late for any answer: ``take_over`` says that."""
     # uvloop's transports are no asyncio.Transport.
     if not hasattr(transport, "get_extra_info"):
         return False
+    if transport.is_closing():
+        return True  # its socket may be gone; uvloop's own start_tls would wait for ever
     sock = transport.get_extra_info("socket")
     return (
         sock is not None
