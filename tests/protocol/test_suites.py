@@ -6,8 +6,10 @@ import ssl
 
 import pytest
 
-from ktls.protocol.enums import ProtocolVersion
+from ktls.protocol.enums import ContentType, ProtocolVersion
+from ktls.protocol.key_schedule import TrafficKeys
 from ktls.protocol.suites import AEAD, MAX_FRAGMENT, TAG_LENGTH, CipherSuite, suite_by_openssl_name
+from ktls.record.aead import RecordProtection
 
 from .helpers import iana
 
@@ -76,3 +78,12 @@ def test_the_limits_of_the_other_aeads() -> None:
 
 def test_record_constants() -> None:
     assert (MAX_FRAGMENT, TAG_LENGTH) == (16384, 16)
+
+
+@pytest.mark.parametrize("suite", CipherSuite)
+def test_overhead_is_what_sealing_adds(suite: CipherSuite) -> None:
+    keys = TrafficKeys(bytes(suite.aead.key_length), bytes(12))
+    if suite.version is ProtocolVersion.TLSv1_2:
+        keys = TrafficKeys(keys.key, bytes(suite.aead.fixed_iv_length))
+    record = RecordProtection(suite, keys).seal(ContentType.APPLICATION_DATA, b"12345")
+    assert len(record) == 5 + suite.record_overhead

@@ -12,10 +12,12 @@ import pytest
 
 from ktls.protocol.enums import ContentType
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
+from ktls.record import kernel
 from ktls.record.interface import ControlRecord
 from ktls.testing import (
     PATIENCE,
     RecordPeer,
+    eventually,
     fill_up,
     loopback_pair,
     made_up_keys,
@@ -148,3 +150,42 @@ def kernel_free_socket(sock: socket.socket) -> None:
     from ktls.record.kernel import KernelReceiver
 
     KernelReceiver(sock, TLS13, made_up_keys(TLS13, "peer"), can_change_key=False)
+
+
+@pytest.mark.kernel
+@every_suite
+def test_flush_knows_how_many_bytes_tcp_must_get(suite: CipherSuite, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(pattern(40_000))
+    with loopback_pair() as (sock, theirs), file.open("rb") as opened:
+        sender = kernel_sender(sock, suite, made_up_keys(suite, "us"), 0, MAX_FRAGMENT)
+        for keys in range(3 if sender.can_change_key else 1):
+            if keys:
+                sender.install(made_up_keys(suite, f"us, changed {keys}"))
+            sender.send(pattern(100_000))
+            sender.send_vector([pattern(10), pattern(20_000)])
+            sender.send_record(ContentType.ALERT, b"\x01\x5a")
+            sender.sendfile(opened.fileno(), 0, 40_000)
+            drain(theirs)
+        eventually(lambda: not kernel._queued(sock), "TCP is not quiet")
+        assert sender._expected() == kernel._acknowledged(sock)
+        sender.flush()
+
+
+@pytest.mark.kernel
+def test_flush_is_not_deceived_by_a_quiet_tcp() -> None:
+    """What the kernel still holds above TCP is not sent: a thread of its own has to run first."""
+    with loopback_pair() as (sock, _):
+        sender = kernel_sender(sock, TLS13, made_up_keys(TLS13, "us"), 0, MAX_FRAGMENT)
+        sender.send(b"data")
+        eventually(lambda: not kernel._queued(sock), "TCP is not quiet")
+        sender.flush()
+        sender._octets += 1  # as if one byte more had been accepted that TCP has not got yet
+        with pytest.raises(BlockingIOError):
+            sender.flush()
+
+
+def drain(sock: socket.socket) -> None:
+    """Take whatever comes within a moment."""
+    while wait_readable(sock, 0.05):
+        assert sock.recv(1 << 20)

@@ -23,6 +23,11 @@ MAX_FRAGMENT: Final = 2**14
 TAG_LENGTH: Final = 16
 
 
+_HEADER: Final = 5
+#: Of all AEADs here; the part of it that is not fixed is in each record of TLS 1.2.
+_NONCE: Final = 12
+
+
 @dataclass(frozen=True, slots=True)
 class _AEADParameters:
     #: RFC 5116 registry number; also keeps two members with equal lengths from becoming aliases.
@@ -102,6 +107,13 @@ class CipherSuite(enum.IntEnum):
     def version(self) -> ProtocolVersion:
         """The protocol version that the suite belongs to."""
         return _FACTS[self][2]
+
+    @property
+    def record_overhead(self) -> int:
+        """Bytes that a record is longer than its plaintext: header, tag, and the explicit nonce (TLS 1.2) or the content type (TLS 1.3; we never pad)."""
+        if self.version is ProtocolVersion.TLSv1_3:
+            return _HEADER + TAG_LENGTH + 1
+        return _HEADER + TAG_LENGTH + _NONCE - self.aead.fixed_iv_length
 
 
 def _facts(suite: CipherSuite) -> tuple[AEAD, str, ProtocolVersion]:

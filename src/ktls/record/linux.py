@@ -19,6 +19,7 @@ __all__ = (
     "CRYPTO_INFO",
     "SIOCOUTQ",
     "SOL_TLS",
+    "TCPI_BYTES_ACKED",
     "TCP_ULP",
     "TLS_GET_RECORD_TYPE",
     "TLS_RX",
@@ -32,6 +33,8 @@ __all__ = (
 )
 
 TCP_ULP: Final = 31
+#: Where ``tcpi_bytes_acked`` is in ``struct tcp_info`` (linux/tcp.h): a u64, since Linux 4.1.
+TCPI_BYTES_ACKED: Final = 120
 SOL_TLS: Final = 282
 
 TLS_TX: Final = 1
