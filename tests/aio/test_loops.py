@@ -380,12 +380,12 @@ def test_tls_inside_of_tls(net: Net, caplog: pytest.LogCaptureFixture) -> None:
         assert inner is not None
         assert not isinstance(inner, KTLSTransport)
         assert any("start_tls" in line for line in lines(caplog))
+        await asyncio.gather(*tasks)
         inner.write(payload)
         await until(lambda: len(keeper.diary.data) == len(payload))
         assert keeper.diary.data == payload
         inner.close()
         await until(lambda: keeper.diary.lost)
-        await asyncio.gather(*tasks)
         server.close()
         await until(lambda: not server._active)  # type: ignore[attr-defined]
 
