@@ -4,8 +4,7 @@ Theory of operation
 -------------------
 A ``send`` on a kernel TLS socket that has returned can still have a record queued above TCP, and ``close`` and ``shutdown`` throw that queue away: the peer gets half a
 record and a clean FIN. SO_LINGER does not help, nor does waiting for POLLOUT. What was measured to be safe: a *blocking* send of the last record (close_notify), which returns
-when everything is with TCP; or, without blocking, waiting until TCP has nothing unacknowledged (SIOCOUTQ is 0). That must be seen twice, a little apart: records for which TCP had
-no room are moved there by a kernel thread, and until that runs everything may be acknowledged although more is to come.
+when everything is with TCP; or, without blocking, waiting until the peer's TCP has acknowledged every byte that the accepted data make (``KernelSender.flush`` counts them).
 
 So a socket with a timeout, or without one, sends close_notify blocking, for as long as SO_SNDTIMEO lets it. (Layers in this process have no such queue: there it is enough that TCP has
 accepted everything.) A non-blocking socket tries without waiting, and if anything is still under way a thread waits in its place.
@@ -36,13 +35,12 @@ __all__ = (
     "close_in_background",
     "drop_unread",
     "finish",
-    "push_out",
     "shut_down",
     "try_finish",
 )
 
 _DROP_READS: Final = 64
-#: Milliseconds between two looks at SIOCOUTQ.
+#: Milliseconds between two looks at what is acknowledged.
 _TICK: Final = 2
 _DROP_SIZE: Final = 64 * 1024
 
@@ -86,15 +84,11 @@ def _wait_for_acknowledgement(sock: socket.socket, driver: RecordDriver, timeout
     deadline = time.monotonic() + timeout
     poller = select.poll()
     poller.register(sock, 0)  # POLLERR and POLLHUP
-    quiet = False
     while True:
         try:
             driver.flush(socket.MSG_DONTWAIT)
-            if quiet:
-                return
-            quiet = True
+            return
         except BlockingIOError:
-            quiet = False
             if time.monotonic() >= deadline:
                 raise
         if poller.poll(_TICK):
@@ -120,24 +114,13 @@ def _close_notify_polling(sock: socket.socket, driver: RecordDriver, timeout: fl
 
 
 def try_finish(sock: socket.socket, driver: RecordDriver) -> bool:
-    """Do the same without waiting (but for a millisecond); return False if something is still under way. Calling again repeats nothing."""
-    if not push_out(driver):
-        return False
-    if driver.tx_layer == "kernel":
-        select.poll().poll(1)  # see the theory
-        if not push_out(driver):
-            return False
-    shut_down(sock)
-    return True
-
-
-def push_out(driver: RecordDriver) -> bool:
-    """Send what is left to send, close_notify last, without waiting; return whether nothing of it is unacknowledged. In the kernel that must be seen twice: see the theory."""
+    """Do the same without waiting; return False if something is still under way. Calling again repeats nothing."""
     try:
         driver.close_notify(socket.MSG_DONTWAIT, patience=0)
         driver.flush(socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
+    shut_down(sock)
     return True
 
 

@@ -3,12 +3,12 @@
 Theory of operation
 -------------------
 A record that ``send`` has accepted may still be queued in the kernel above TCP, and ``close`` and ``shutdown`` throw that queue away; the peer then gets half a
-record and a clean FIN. A blocking ``send`` of close_notify would wait for it, but may not be used here, and no event tells when the queue is empty. What proves it is SIOCOUTQ: TCP has nothing
-unacknowledged. So after close_notify we look at it, at once (on loopback, or with a quick peer, that is all), then from a timer with growing pauses. The peer's answer, if one comes, makes us look sooner.
-After a reset it stays as it was for ever; POLLHUP tells of that.
+record and a clean FIN. A blocking ``send`` of close_notify would wait for it, but may not be used here, and no event tells when the queue is empty. What proves it is that the peer's TCP has
+acknowledged every byte (``KernelSender.flush`` counts them). So after close_notify we look at that, at once (on loopback, or with a quick peer, that is all), then from a timer with growing pauses. The
+peer's answer, if one comes, makes us look sooner. After a reset nothing more is acknowledged, for ever; POLLHUP tells of that.
 
-One look is not enough: records for which TCP had no room are moved there by a kernel thread, and until it runs TCP may have nothing unacknowledged although more is to come (seen
-with small buffers, on one CPU). So it has to be seen twice, with a pause between that lets that thread run.
+Where the records are protected in this process no queue is above TCP, yet the same is waited for: a socket that was closed answers whatever comes (a KeyUpdate will do) with RST, and
+what TCP has not yet delivered is gone.
 
 Meanwhile what comes in is read and dropped: unread data would make TCP reset the connection at ``close`` and destroy what is on its way; and a peer that writes before
 it reads would never take our data.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Closer",)
 
-#: Seconds between two looks at SIOCOUTQ: the first pause, and the longest.
+#: Seconds between two looks: the first pause, and the longest.
 _FIRST_PAUSE: Final = 0.001
 _LAST_PAUSE: Final = 0.1
 
@@ -46,7 +46,6 @@ class Closer:
         "_done",
         "_error",
         "_pause",
-        "_quiet",
         "_timer",
         "_transport",
         "context",
@@ -60,8 +59,6 @@ class Closer:
         self._transport = transport
         self._error = error
         self._pause = _FIRST_PAUSE
-        #: Whether TCP had nothing unacknowledged at the last look.
-        self._quiet = False
         self._done = False
         self._deadline: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -83,28 +80,13 @@ class Closer:
                 transport.watch_for_room()
                 return
             transport.driver.flush()
+            transport.check_acknowledged()
         except BlockingIOError:
-            self._quiet = False
             self._look_later()
             return
         except OSError:
             pass  # the peer has gone: that is what closing is for
-        else:
-            if transport.driver.tx_layer == "kernel" and not self._seen_quiet():
-                return
         transport.end(self._error)
-
-    def _seen_quiet(self) -> bool:
-        """TCP has nothing unacknowledged: return whether that was so before the last pause, too. See above."""
-        if self._quiet:
-            return self._timer is None  # or something came in, and the pause isn't over
-        self._quiet = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._pause = _FIRST_PAUSE
-        self._look_later()
-        return False
 
     def _look_later(self) -> None:
         transport = self._transport

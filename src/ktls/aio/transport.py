@@ -13,14 +13,17 @@ import asyncio
 import errno
 import logging
 import select
+import struct
 import warnings
 from asyncio import constants
 from asyncio.trsock import TransportSocket
+from fcntl import ioctl
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from ktls.closing import drop_unread, shut_down
 from ktls.handshake.handoff import Offload, RecordDriver
 from ktls.protocol.errors import LocalProtocolError, TruncatedError
+from ktls.record.linux import SIOCOUTQ
 
 from .closing import Closer
 from .established import KTLSObject
@@ -193,6 +196,12 @@ class KTLSTransport(WritingTransport):
     def unwatch_room(self) -> None:
         """Stop watching: what is waited for now has no event."""
         self._stop_writing()
+
+    def check_acknowledged(self) -> None:
+        """``BlockingIOError`` while TCP has something that the peer's has not acknowledged."""
+        queued: int = struct.unpack("=i", ioctl(self._fd, SIOCOUTQ, bytes(4)))[0]
+        if queued:
+            raise BlockingIOError(errno.EAGAIN, f"{queued} bytes are not acknowledged yet")
 
     def hung_up(self) -> bool:
         """Whether TCP's connection is no more, in both directions."""

@@ -28,7 +28,7 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, Resourc
 from anyio.abc import ByteStream, SocketStream
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from ktls.closing import drop_unread, push_out, shut_down
+from ktls.closing import drop_unread, try_finish
 from ktls.context import create_default_context
 from ktls.files import SendableFile, regular_file
 from ktls.protocol.errors import LocalProtocolError, TruncatedError
@@ -330,18 +330,12 @@ class KTLSStream(WaitingStream, ByteStream):
         tick = _FIRST_TICK
         poller = select.poll()
         poller.register(self._sock, 0)
-        quiet = self._driver.tx_layer != "kernel"  # else it takes two looks
-        while True:
-            if push_out(self._driver):
-                if quiet:
-                    break
-                quiet = True
+        while not try_finish(self._sock, self._driver):
             if any(events & select.POLLHUP for _, events in poller.poll(0)):
                 return  # nobody is there who could acknowledge anything
             drop_unread(self._sock)  # a peer that has to send first can go on
             await anyio.sleep(tick)
             tick = min(2 * tick, _LAST_TICK)
-        shut_down(self._sock)
 
     def _release(self) -> None:
         self._sock.close()
