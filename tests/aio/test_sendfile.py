@@ -456,10 +456,11 @@ def test_file_of_a_half_closed_connection(net: Net, one_of_each: Loop, file: Any
         link.peer.send_alert()
         await until(lambda: "eof" in link.diary.events)
         task = asyncio.ensure_future(one_of_each.sendfile(link.transport, file))
-        reading = asyncio.ensure_future(link.hear_data())
+        reading = net.spawn(link.peer.read_data, len(DATA))
         assert await task == len(DATA)
+        assert await result(reading) == DATA
         link.transport.write_eof()
-        assert await reading == DATA
+        assert await link.hear() == [(21, CLOSE_NOTIFY)]
         with pytest.raises(RuntimeError):
             await one_of_each.sendfile(link.transport, file)
         with suppress(RuntimeError):
