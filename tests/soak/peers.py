@@ -221,6 +221,7 @@ class Peers:
             sock=sock,
             ssl=self.contexts[plan.stack, plan.version],
             server_hostname=HOST,
+            ssl_shutdown_timeout=self.options["patience"],
             limit=4096 if plan.slow else 65536,
         )
         facts = writer.get_extra_info("ktls")

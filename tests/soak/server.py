@@ -1,6 +1,6 @@
 """The server of the soak, a process: says on stdout where it listens, serves until a line on stdin says ``end``, says what it knows.
 
-Arguments, as one JSON object: ``loop``, ``chain``, ``file``, ``seed``.
+Arguments, as one JSON object: ``loop``, ``chain``, ``file``, ``seed``, ``patience``.
 """
 
 from __future__ import annotations
@@ -223,6 +223,8 @@ async def main(options: dict[str, Any]) -> None:
             0,
             ssl=context,
             backlog=1024,
+            # On a slow machine the rest of a large file may take longer than the default.
+            ssl_shutdown_timeout=options["patience"],
             settings=ktls.Settings(key_limits=key_limits),
         )
         for key_limits in (KeyLimits(), limits)

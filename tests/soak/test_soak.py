@@ -15,7 +15,10 @@ PROGRAM: Final = Path(__file__).with_name("soak_asyncio.py")
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_nothing_is_lost_or_left(loop: str) -> None:
     done = subprocess.run(
-        [sys.executable, PROGRAM, "--seconds=4", "--connections=60", f"--loop={loop}"],
+        [
+            *(sys.executable, PROGRAM, f"--loop={loop}"),
+            *("--seconds=3", "--connections=60", "--tail=0.5"),
+        ],
         capture_output=True,
         text=True,
         timeout=55,
