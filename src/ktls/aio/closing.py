@@ -34,7 +34,7 @@ __all__ = ("Closer",)
 
 #: Seconds between two looks: the first pause, and the longest.
 _FIRST_PAUSE: Final = 0.001
-_LAST_PAUSE: Final = 0.1
+_LAST_PAUSE: Final = 0.5
 
 
 @final
