@@ -127,7 +127,8 @@ class KernelConnection:
         self._rx = Half(rx_secret, theirs, now)
         #: Made when there is something to put together: most connections never see a handshake message again.
         self._reassembler: HandshakeReassembler | None = None
-        self._budget = FloodBudget(now)
+        #: Made when there is something to spend: until then it is full anyway.
+        self._budget: FloodBudget | None = None
         self._key_log = key_log
         self._owed_generation: int | None = None
         self._request_outstanding = False
@@ -212,7 +213,8 @@ class KernelConnection:
 
     def received_data(self, octets: int) -> None:
         """Note that ``octets`` bytes of application data were received without coming through ``process_message``."""
-        self._budget.earn(octets)
+        if self._budget is not None:
+            self._budget.earn(octets)
 
     def _dispatch(self, message: InboundPlainMessage, now: float) -> Sequence[ConnectionState]:
         content_type, fragment = message.content_type, message.fragment
@@ -230,7 +232,7 @@ class KernelConnection:
     def _application_data(self, data: bytes, now: float) -> Sequence[ConnectionState]:
         self._refuse_inside_message("application data")
         if data:
-            self._budget.earn(len(data))
+            self.received_data(len(data))
             return (ApplicationData(data),)
         self._spend(now)
         return ()
@@ -243,6 +245,7 @@ class KernelConnection:
             )
 
     def _spend(self, now: float) -> None:
+        self._budget = self._budget or FloodBudget(now)
         if not self._budget.spend(now):
             raise RemoteProtocolError(
                 "too many messages that bring no data", AlertDescription.UNEXPECTED_MESSAGE

@@ -73,7 +73,8 @@ class SendingHalf:
         self._clock = clock
         self._lock, self._state_lock = locks
         #: A list, not a deque, which takes 600 bytes empty; it never has more than a handful.
-        self._owed: list[SendMessage | UpdateTxKey] = []
+        #: None until something is: most connections never owe anything.
+        self._owed: list[SendMessage | UpdateTxKey] | None = None
         self._meter = Meter(connection.limits, clock)
         #: A network error, or the end of the key: raised by every further ``send``.
         self._error: OSError | None = None
@@ -219,7 +220,7 @@ class SendingHalf:
         self.look_first()
         for item in items:
             if isinstance(item, SendMessage | UpdateTxKey):
-                self._owed.append(item)
+                self._append(item)
 
     def look_first(self) -> None:
         """Let nothing go out without a look at everything, and count what did."""
@@ -306,7 +307,8 @@ class SendingHalf:
             with self._state_lock:
                 self._connection.fail()
                 self.failure = self._error
-                self._owed.clear()
+                if self._owed:
+                    self._owed.clear()
             raise self._error from error
 
     def _installed(self, item: UpdateTxKey) -> None:
@@ -324,7 +326,13 @@ class SendingHalf:
     def alert(self, fragment: bytes) -> None:
         """Queue an alert behind what is owed already. Under the state lock."""
         self.look_first()
-        self._owed.append(SendMessage(ContentType.ALERT, fragment))
+        self._append(SendMessage(ContentType.ALERT, fragment))
+
+    def _append(self, item: SendMessage | UpdateTxKey) -> None:
+        """Under the state lock: the list is made once, and then stays the same object for whoever works on it."""
+        if self._owed is None:
+            self._owed = []
+        self._owed.append(item)
 
     def _failed(self, error: OSError) -> None:
         """Remember a network error: the kernel reports it once, and then pretends to send."""
