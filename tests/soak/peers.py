@@ -246,8 +246,8 @@ class Peers:
             except OSError:
                 pass
             return
-        if plan.disturbance == "reset":
-            sock = line.writer.get_extra_info("socket")
+        sock = line.writer.get_extra_info("socket") if plan.disturbance == "reset" else None
+        if sock is not None and sock.fileno() >= 0:  # else it is gone already
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         line.writer.transport.abort()
 
