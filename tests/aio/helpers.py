@@ -420,7 +420,7 @@ def version_of(case: Case) -> CipherSuite:
 async def ended(keepers: Iterable[Any]) -> None:
     """Wait until all these protocols have lost their connections."""
     for keeper in keepers:
-        await until(lambda keeper=keeper: keeper.diary.lost)  # type: ignore[misc]
+        await until(lambda keeper=keeper: keeper.diary.lost)  # type: ignore[misc]  # mypy infers no lambda with a default
 
 
 def timed() -> Callable[[], float]:

@@ -194,7 +194,7 @@ def test_with_a_real_peer(net: Net, loop: Loop, case: Case) -> None:
             assert await result(net.spawn(read_exactly, link.theirs, 5)) == b"ping%d" % turn
             link.theirs.refresh_traffic_keys(request_peer=turn == 3)
             link.theirs.sendall(b"pong%d" % turn)
-            await until(lambda turn=turn: link.diary.data.endswith(b"pong%d" % turn))  # type: ignore[misc]
+            await until(lambda turn=turn: link.diary.data.endswith(b"pong%d" % turn))  # type: ignore[misc]  # mypy infers no lambda with a default
         link.theirs.sendall(b"!")
         await until(lambda: link.diary.data.endswith(b"!"))
         assert generations(link) == (6, 10)
@@ -399,7 +399,7 @@ def test_observer(net: Net, loop: Loop, case: Case) -> None:
         settings = ktls.Settings(observer=watcher, offload=case.offload)
         link = await connect(net, loop, case, settings=settings)
         (begun,) = watcher.begun
-        assert begun == (link.ktls.version(), link.ktls.cipher()[0], False, link.ktls.offload)  # type: ignore[index]
+        assert begun == (link.ktls.version(), link.ktls.cipher()[0], False, link.ktls.offload)  # type: ignore[index]  # after a handshake it is no None
         offload = link.ktls.offload
         link.transport.abort()
         await until(lambda: link.diary.lost)

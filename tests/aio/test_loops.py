@@ -387,7 +387,7 @@ def test_tls_inside_of_tls(net: Net, caplog: pytest.LogCaptureFixture) -> None:
         inner.close()
         await until(lambda: keeper.diary.lost)
         server.close()
-        await until(lambda: not server._active)  # type: ignore[attr-defined]
+        await until(lambda: not server._active)  # type: ignore[attr-defined]  # ours has it; typed as asyncio's
 
     loop.run(main)
 

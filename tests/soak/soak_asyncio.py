@@ -31,7 +31,7 @@ ROOT: Final = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.soak.workload import make_file  # noqa: E402  # run as a program, this file has only its own directory on the path
-from tests.support import Authority, TlsStat, describe_kernel  # noqa: E402
+from tests.support import Authority, TlsStat, describe_kernel  # noqa: E402  # likewise
 
 #: The part of the time that a process may use the processor when there is nothing to do. A loop that spins would use all, or half of it.
 IDLE: Final = 0.1
