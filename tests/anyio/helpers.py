@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import anyio
+from anyio.abc import SocketAttribute
 
 import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
+from ktls.testing import halve_send_buffer
 
 from ..sockets.helpers import PATIENCE, Case, Net
 from ..support import HOST, has_rekey
@@ -134,6 +136,7 @@ async def fill(stream: KTLSStream, piece: bytes = bytes(16384)) -> int:
             if seen == whole:
                 break
         group.cancel_scope.cancel()
+    halve_send_buffer(stream.extra(SocketAttribute.raw_socket))
     return whole
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import ktls
+from ktls.testing import halve_send_buffer
 
 from ..support import HOST, TLS12, TLS13, Authority, has_kernel_tls, has_rekey
 
@@ -115,6 +116,7 @@ def fill(sock: socket.socket, piece: bytes = bytes(16384)) -> int:
             refused = False
         except ssl.SSLWantWriteError:
             if refused:
+                halve_send_buffer(sock)
                 return total
             refused = True
             select.select([], [sock], [], 0.05)  # for what TCP may still move by itself

@@ -3,7 +3,7 @@
 - ``check_record_layer``: the contract of ``ktls.record.interface`` as a test suite.
 - ``RecordPeer``: the other end of a connection, scripted record by record.
 - ``FaultySender``, ``FaultyReceiver``: verified fakes that refuse, wait and keep a diary.
-- ``loopback_pair``, ``made_up_keys``, ``made_up_secret``, ``pattern``, ``eventually``, ``turns``, ``fill_up``, ``wait_readable``, ``wait_writable``: what such tests are made of.
+- ``loopback_pair``, ``made_up_keys``, ``made_up_secret``, ``pattern``, ``eventually``, ``turns``, ``fill_up``, ``halve_send_buffer``, ``wait_readable``, ``wait_writable``: what such tests are made of.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .peers import (
     RecordPeer,
     eventually,
     fill_up,
+    halve_send_buffer,
     is_key_update,
     loopback_pair,
     made_up_keys,
@@ -34,6 +35,7 @@ __all__ = (
     "check_record_layer",
     "eventually",
     "fill_up",
+    "halve_send_buffer",
     "is_key_update",
     "loopback_pair",
     "made_up_keys",

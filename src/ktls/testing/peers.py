@@ -30,6 +30,7 @@ __all__ = (
     "RecordPeer",
     "eventually",
     "fill_up",
+    "halve_send_buffer",
     "is_key_update",
     "loopback_pair",
     "made_up_keys",
@@ -143,9 +144,9 @@ def wait_writable(sock: socket.socket, patience: float = _MOVING) -> bool:
 
 
 def fill_up(send: Callable[[], int], sock: socket.socket) -> int:
-    """Call ``send`` until it would block, and no room appears for a moment; return the sum.
+    """Call ``send`` until it would block, and no room appears for a moment; return the sum. Afterwards SO_SNDBUF is half of what it was.
 
-    Later TCP may make a little room all the same (it probes a closed window), so a small send may get through.
+    TCP goes on probing the closed window, and may move a little at any time later. With twice as much queued as may be, that makes no room.
     """
     total = 0
     for _ in turns("send says that it would block"):
@@ -154,7 +155,14 @@ def fill_up(send: Callable[[], int], sock: socket.socket) -> int:
         except BlockingIOError:
             if not wait_writable(sock):
                 break
+    halve_send_buffer(sock)
     return total
+
+
+def halve_send_buffer(sock: socket.socket) -> None:
+    """Allow half as much to be queued for sending. What is queued already stays."""
+    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size // 4)  # the kernel doubles it
 
 
 @final

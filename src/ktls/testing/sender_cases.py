@@ -186,7 +186,10 @@ def would_block_takes_nothing(bench: Bench) -> None:
 def flush_is_true_only_when_everything_is_out(bench: Bench) -> None:
     with bench.sending(small=True) as (sender, peer, sock):
         accepted = fill(sender, sock)
-        expect(not flushed(sender), "flushed, although nothing was read")
+        for _ in turns("flush blocks, although nothing is read"):
+            if not flushed(sender):
+                break
+            accepted += fill(sender, sock)  # TCP took the rest after all
         arrived = bytearray()
         # What is not in this process goes out by itself.
         while not sender.unsent and len(arrived) < accepted:
