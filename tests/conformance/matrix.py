@@ -34,7 +34,7 @@ import ssl
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import pytest
 
@@ -158,7 +158,13 @@ def cells(row: Row) -> Iterator[Cell]:
 _Test = TypeVar("_Test", bound=Callable[..., None])
 
 
-def behaviours(*rows: Row) -> Callable[[_Test], _Test]:
+class Mark(Protocol):
+    """A decorator of tests."""
+
+    def __call__(self, test: _Test, /) -> _Test: ...
+
+
+def behaviours(*rows: Row) -> Mark:
     """Make a test of every cell of ``rows``; it is given the cell as ``cell``."""
     known = {(row.peer, row.group, row.name) for row in ROWS}
     for row in rows:
@@ -168,9 +174,9 @@ def behaviours(*rows: Row) -> Callable[[_Test], _Test]:
     parameters = [pytest.param(cell, id=cell.id) for row in rows for cell in cells(row)]
 
     mark = pytest.mark.parametrize("cell", parameters)
-    return cast("Callable[[_Test], _Test]", mark)
+    return cast("Mark", mark)
 
 
-def behaviour(group: str, name: str, expected: str, **options: Any) -> Callable[[_Test], _Test]:
+def behaviour(group: str, name: str, expected: str, **options: Any) -> Mark:
     """Make a test of every cell of one row; ``options`` are further fields of ``Row``."""
     return behaviours(Row(group, name, expected, **options))
