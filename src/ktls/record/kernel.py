@@ -6,7 +6,8 @@ Once keys are set, plain ``send``, ``recv_into`` and ``sendfile`` are TLS, and t
 says that something else is next, and about what it does not say (measured on 6.12 and 7.2; kernel documentation: networking/tls.rst):
 
 - A control record makes plain ``recv`` fail with EIO and stay where it is; ``recvmsg`` with a control buffer gets it. So reading
-  tries ``recv_into`` first and turns EIO into ``ControlRecord``. A plain ``recv`` that returns 0 is the end of TCP: control records never look like that.
+  tries ``recv_into`` first and turns EIO into ``ControlRecord``.
+- A plain ``recv`` that returns 0 is the end of TCP, or has met data records without data with a control record behind them. ``recvmsg`` can tell: only the end has no type.
 - When the kernel *decrypts* a handshake record that begins with 0x18 (TLS 1.3), it stops opening records until ``TLS_RX`` is set again: EKEYEXPIRED, and silence
   from ``poll``. For a KeyUpdate the new key follows at once (``install``). But a fragment of one, or a continuation that begins
   with that byte by chance, stops it too: then we set the *old* key at its current sequence number before the next read.
@@ -261,9 +262,12 @@ class KernelReceiver:
         if self._halted:
             self._go_on()
         try:
-            return self._sock.recv_into(buffer, nbytes, flags)
+            count = self._sock.recv_into(buffer, nbytes, flags)
         except OSError as error:
             raise self.translate(error) from None
+        if not count and not self._at_eof():
+            raise ControlRecord
+        return count
 
     def read_record(self, flags: int = 0) -> InboundPlainMessage | None:
         """See ``RecordReceiver``."""
@@ -291,11 +295,11 @@ class KernelReceiver:
         if self._halted:
             self._go_on()
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            data = self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError as error:
             # Also this may be the one and only report of an error.
             return isinstance(self.translate(error), ControlRecord) or self._dead is not None
-        return False
+        return not data and not self._at_eof()
 
     def splice(self, pipe: int, count: int) -> int:
         """Move up to ``count`` bytes of application data, one record at most, into the pipe ``pipe``; 0 at the end of the TCP stream.
@@ -321,11 +325,15 @@ class KernelReceiver:
                 return moved
 
     def _at_eof(self) -> bool:
+        """Whether the TCP stream has ended, after a read that gave nothing: see the theory."""
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            data, control, _, _ = self._sock.recvmsg(
+                1, _CONTROL_SPACE, socket.MSG_PEEK | socket.MSG_DONTWAIT
+            )
         except OSError as error:
             self.translate(error)  # remembers what is reported once
             return False
+        return not data and not control
 
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordReceiver``. Wakes pollers. EBUSY where the kernel has no rekey."""
