@@ -149,7 +149,7 @@ def test_round_trip(
 @given(suite=st.sampled_from(SUITES), place=st.integers(0, 10_000), change=st.integers(1, 255))
 @settings(max_examples=200, deadline=None)
 def test_any_change_is_noticed(suite: CipherSuite, place: int, change: int) -> None:
-    """Header included: also the version, which nobody looks at. (In TLS 1.2 the length is not protected; it only cuts the stream.)"""
+    """Header included: also the version, which TLS 1.3 does not look at. (In TLS 1.2 the length is not protected; it only cuts the stream.)"""
     keys = made_up_keys(suite, "us")
     record = bytearray(RecordProtection(suite, keys).seal(DATA, b"data"))
     place %= len(record)
@@ -218,6 +218,16 @@ def test_type_in_the_header(suite: CipherSuite, outer: int, accepted: bool) -> N
     assert (error is None) == accepted
     if error is not None:
         assert error.alert is AlertDescription.UNEXPECTED_MESSAGE
+
+
+@pytest.mark.parametrize("version", [0x0000, 0x0300, 0x0301, 0x0304, 0xFFFF])
+def test_version_in_the_header(version: int) -> None:
+    """TLS 1.2 has one version. In TLS 1.3 the field is to be ignored (RFC 9846 §5.1), which does not mean that it may be changed."""
+    header = b"\x17" + version.to_bytes(2, "big") + b"\0\x64"
+    assert RecordProtection(TLS13, made_up_keys(TLS13, "us")).header_error(header) is None
+    error = RecordProtection(TLS12, made_up_keys(TLS12, "us")).header_error(header)
+    assert error is not None
+    assert error.alert is AlertDescription.PROTOCOL_VERSION
 
 
 def test_record_type_is_an_enum_where_it_can() -> None:

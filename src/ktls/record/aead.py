@@ -66,12 +66,16 @@ class RecordProtection:
         return f"<RecordProtection {self.suite.name} at record {self.sequence_number}>"
 
     def header_error(self, header: bytes | bytearray) -> RemoteProtocolError | None:
-        """Say what is wrong with a record header, before its body has come; the legacy version is not looked at (RFC 9846 §5.2)."""
+        """Say what is wrong with a record header, before its body has come. TLS 1.3 does not look at the version (RFC 9846 §5.1)."""
         if header[0] != ContentType.APPLICATION_DATA and (
             self._is_tls13 or not isinstance(record_type(header[0]), ContentType)
         ):
             return RemoteProtocolError(
                 f"record of outer type {header[0]}", AlertDescription.UNEXPECTED_MESSAGE
+            )
+        if not self._is_tls13 and header[1:3] != _VERSION:
+            return RemoteProtocolError(
+                f"record of version {header[1:3].hex()}", AlertDescription.PROTOCOL_VERSION
             )
         length = int.from_bytes(header[3:HEADER_LENGTH], "big")
         if length > MAX_FRAGMENT + _EXPANSION[self.suite.version]:
