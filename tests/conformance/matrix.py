@@ -81,7 +81,7 @@ class Row:
     """One behaviour: a row of the document."""
 
     group: str
-    #: What the peer does; unique within its group and peer.
+    #: What the peer does; unique within its group, peer and version.
     name: str
     #: What we do.
     expected: str
@@ -92,10 +92,17 @@ class Row:
     suites: tuple[str, ...] | None = None
     #: Layers that can't show it, and why not.
     not_applicable: Mapping[Layer, str] = field(default_factory=dict)
+    #: One of many of a kind: in the short form one role will do, in turn, and the one layer that is used without asking for another.
+    many: bool = False
     #: Whether it is shown with the engine's own record layer, too.
     engine: bool = False
     #: What the body of a table of rows needs to know of this one.
     case: Any = None
+
+    @property
+    def places(self) -> set[tuple[str, str, str, Version]]:
+        """Its lines in the document."""
+        return {(self.peer, self.group, self.name, version) for version in self.versions}
 
     @property
     def slug(self) -> str:
@@ -140,17 +147,29 @@ def _suites(row: Row, version: Version, role: Role, layer: Layer) -> tuple[str, 
         return ("",)
     if LONG:
         return suites
-    turn = zlib.crc32(f"{row.group} {row.name} {version} {role} {layer}".encode())
-    return (suites[turn % len(suites)],)
+    return (suites[_turn(row, version, role, layer) % len(suites)],)
+
+
+def _turn(*what: object) -> int:
+    """A number that stays the same when rows are added."""
+    words = (one.group + one.name if isinstance(one, Row) else str(one) for one in what)
+    return zlib.crc32(" ".join(words).encode())
+
+
+def _roles(row: Row, version: Version) -> tuple[Role, ...]:
+    if LONG or not row.many:
+        return row.roles
+    return (row.roles[_turn(row, version) % len(row.roles)],)
 
 
 def cells(row: Row) -> Iterator[Cell]:
     """Cells of ``row`` that are to be run here."""
     for version in row.versions:
-        for layer in layers(version):
+        here = layers(version)
+        for layer in here if LONG or not row.many else here[-1:]:
             if layer in row.not_applicable or (layer == "engine" and not row.engine):
                 continue
-            for role in row.roles:
+            for role in _roles(row, version):
                 for suite in _suites(row, version, role, layer):
                     yield Cell(row, version, role, layer, suite)
 
@@ -166,10 +185,10 @@ class Mark(Protocol):
 
 def behaviours(*rows: Row) -> Mark:
     """Make a test of every cell of ``rows``; it is given the cell as ``cell``."""
-    known = {(row.peer, row.group, row.name) for row in ROWS}
+    known = {place for row in ROWS for place in row.places}
     for row in rows:
-        assert (row.peer, row.group, row.name) not in known, f"two rows {row.group}: {row.name}"
-        known.add((row.peer, row.group, row.name))
+        assert known.isdisjoint(row.places), f"two rows {row.group}: {row.name}"
+        known |= row.places
     ROWS.extend(rows)
     parameters = [pytest.param(cell, id=cell.id) for row in rows for cell in cells(row)]
 

@@ -183,13 +183,17 @@ class Scene:
         if not silent:
             self.peer.expect_fin()
 
+    def alert_received(self, description: int) -> None:
+        """Reading says that the peer's alert ended the connection."""
+        with pytest.raises(AlertReceived) as caught:
+            self.tls.recv(10)
+        assert caught.value.description == description
+        assert not caught.value.recoverable
+
     def ended_by_alert(self, description: int) -> None:
         """The peer's alert ended the connection: we say which it was, in both directions, for ever, and answer nothing."""
         for _ in range(2):
-            with pytest.raises(AlertReceived) as caught:
-                self.tls.recv(10)
-            assert caught.value.description == description
-            assert not caught.value.recoverable
+            self.alert_received(description)
             with pytest.raises(AlertReceived):
                 self.tls.send(b"no")
         with pytest.raises(LocalProtocolError):
