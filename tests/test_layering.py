@@ -13,7 +13,17 @@ PACKAGE: Final = Path(__file__).parents[1] / "src" / "ktls"
 MAX_LINES: Final = 450
 
 CORE: Final = {"protocol", "record", "handshake"}
-HELPERS: Final = {"closing", "established", "files", "pump", "settings", "waiting"}
+HELPERS: Final = {
+    "closing",
+    "established",
+    "files",
+    "handover",
+    "pump",
+    "serial",
+    "settings",
+    "state",
+    "waiting",
+}
 FRONT_ENDS: Final = {"sockets", "context", "aio", "anyio"}
 
 #: Every room (top-level package or module of ktls), and the rooms that it may import.
@@ -25,7 +35,10 @@ ROOMS: Final[dict[str, set[str]]] = {
     "closing": CORE | {"files", "settings", "waiting"},
     "established": CORE,
     "files": CORE | {"waiting"},
+    "handover": CORE | {"closing", "established", "settings", "state"},
     "pump": CORE,
+    "serial": set(),
+    "state": CORE | {"serial"},
     "waiting": CORE,
     "sockets": CORE | HELPERS,
     "context": CORE | HELPERS | {"sockets"},

@@ -33,11 +33,13 @@ from ktls.protocol.limits import DirectionUsage, KeyLimits, KeyUsage
 from ktls.record.probe import Capabilities, probe
 from ktls.settings import Observer, Settings
 from ktls.sockets import KTLSSocket
+from ktls.state import ExportedState
 
 __all__ = (
     "AlertReceived",
     "Capabilities",
     "DirectionUsage",
+    "ExportedState",
     "KTLSError",
     "KTLSSocket",
     "KernelConnection",

@@ -18,8 +18,8 @@ from ktls.handshake.handoff import Offload, RecordDriver, hand_off, prepare
 from ktls.protocol.errors import LocalProtocolError, TruncatedError
 from ktls.protocol.limits import KeyUsage
 
-from .closing import ClosingSocket
-from .established import Established, EstablishedFacts
+from .established import Established
+from .handover import HandoverSocket
 from .pump import HandshakePump
 from .settings import Settings
 from .waiting import for_read, for_write
@@ -35,7 +35,7 @@ __all__ = ("KTLSSocket",)
 _MAX_RECV: Final = 256 * 1024
 
 
-class KTLSSocket(EstablishedFacts, ClosingSocket):
+class KTLSSocket(HandoverSocket):
     """A TLS connection over TCP, protected by the kernel where it can. Made by ``SSLContext.wrap_socket`` or ``ktls.wrap_socket``.
 
     As ``ssl.SSLSocket``: timeouts and non-blocking mode (``ssl.SSLWantReadError``, ``ssl.SSLWantWriteError``), ``makefile``, ``suppress_ragged_eofs``, listening
@@ -81,14 +81,9 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
             raise ValueError("check_hostname requires server_hostname")
         super().__init__(sock, settings=settings, suppress_ragged_eofs=suppress_ragged_eofs)
         self._context = context
-        self._server_side = server_side
-        self._server_hostname = server_hostname
+        self._begin(server_side, server_hostname)
         self._handshake_on_connect = do_handshake_on_connect
         self._session = session
-        self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
-        self._prepared = False
-        self._unavailable: str | None = None
-        self._unreported = b""
         try:
             if self._is_connected():
                 self._connected()
@@ -96,18 +91,34 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
             self.close()
             raise
 
+    def _begin(self, server_side: bool, server_hostname: str | None) -> None:
+        self._server_side = server_side
+        self._server_hostname = server_hostname
+        self._pump: tuple[HandshakePump, HandshakeEngine] | None = None
+        self._prepared = False
+        self._unavailable: str | None = None
+        self._unreported = b""
+
+    def _resumed(self, server_side: bool, server_hostname: str | None) -> None:
+        self._begin(server_side, server_hostname)
+        self._handshake_on_connect = False
+        self._session = None
+        self._prepared = True
+
     def __repr__(self) -> str:
         if self._driver is not None:
             state = f"{self.offload}"
+        elif self._established is None:
+            state = "no handshake yet"
         else:
-            state = "no handshake yet" if self._established is None else "closed"
+            state = "exported" if self.fileno() >= 0 else "closed"
         return f"<ktls.KTLSSocket fd={self.fileno()} {self.version()} {state}>"
 
     # --- before the handshake ----------------------------------------------------------------------------------
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The context that the socket was made with."""
+        """The context that the socket was made with. ``AttributeError`` after ``from_state``: contexts stay where they are."""
         return self._context
 
     @property
@@ -190,6 +201,7 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
         """
         if self._driver is not None:
             return
+        self._refuse_exported()
         timeout = self.gettimeout()
         if block and timeout == 0.0:
             self.settimeout(None)
@@ -292,6 +304,7 @@ class KTLSSocket(EstablishedFacts, ClosingSocket):
         return self._driver.pending() if self._driver is not None else 0
 
     def _running(self) -> RecordDriver:
+        self._refuse_exported()
         if self._driver is None:
             raise ValueError("handshake not done yet")
         return self._driver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -9,7 +10,6 @@ from ktls.protocol.key_schedule import TrafficKeys, TrafficSecret
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Mapping
 
     from ktls.protocol.enums import Role
     from ktls.protocol.suites import CipherSuite

@@ -82,22 +82,23 @@ class FloodBudget:
     #: Bytes of application data that give back one token.
     OCTETS_PER_TOKEN: Final = 4096
 
-    __slots__ = ("_now", "_tokens")
+    __slots__ = ("_now", "tokens")
 
-    def __init__(self, now: float) -> None:
-        self._tokens = self.CAPACITY
+    def __init__(self, now: float, tokens: float = CAPACITY) -> None:
+        #: What is left.
+        self.tokens = tokens
         self._now = now
 
     def earn(self, octets: int) -> None:
         """Credit ``octets`` bytes of application data received."""
-        self._tokens = min(self.CAPACITY, self._tokens + octets / self.OCTETS_PER_TOKEN)
+        self.tokens = min(self.CAPACITY, self.tokens + octets / self.OCTETS_PER_TOKEN)
 
     def spend(self, now: float) -> bool:
         """Take one token; return False if there is none."""
         elapsed = max(0.0, now - self._now)
         self._now = max(self._now, now)
-        self._tokens = min(self.CAPACITY, self._tokens + elapsed * self.PER_SECOND)
-        if self._tokens < 1.0:
+        self.tokens = min(self.CAPACITY, self.tokens + elapsed * self.PER_SECOND)
+        if self.tokens < 1.0:
             return False
-        self._tokens -= 1.0
+        self.tokens -= 1.0
         return True

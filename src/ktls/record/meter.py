@@ -40,6 +40,12 @@ class Meter:
             self._since = self._clock()
         self._room = 0
 
+    def resume(self, octets: int, age: float) -> None:
+        """Go on with a key under which ``octets`` bytes have passed, in use for ``age`` seconds."""
+        self.octets = octets
+        if self._limits.age is not None:
+            self._since = self._clock() - age
+
     def used(self, records: int, octets: int) -> None:
         """Note an estimated use."""
         self._room -= records
