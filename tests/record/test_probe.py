@@ -49,6 +49,7 @@ class ScriptedKernel:
         self.missing: set[tuple[AEAD, int]] = set()
         self.rekey = True
         self.options: dict[int, int] = {}
+        self.counter_error: int | None = None
         self.delivers: bytes | None = b"probe"
         self.pairs = 0
         self.pair_error: OSError | None = None
@@ -89,6 +90,12 @@ class ScriptedSocket:
         self.keyed.add(option)
         return None
 
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        assert (level, option in self.keyed, size) == (SOL_TLS, True, 4)
+        if self.kernel.counter_error:
+            raise OSError(self.kernel.counter_error, os.strerror(self.kernel.counter_error))
+        return bytes(size)
+
     def sendall(self, data: bytes) -> None:
         pass
 
@@ -103,6 +110,30 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> ScriptedKernel:
     scripted = ScriptedKernel()
     monkeypatch.setattr(probe, "_tcp_pair", scripted.pair)
     return scripted
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EACCES, errno.ENOSYS])
+def test_counters_that_may_not_be_read(kernel: ScriptedKernel, error: int) -> None:
+    """Then nobody could keep the limits of a key: no kernel TLS."""
+    assert probe.counters_unreadable() is None
+    probe.cache_clear()
+    kernel.counter_error = error
+    reason = "a security policy forbids reading the record counters (getsockopt)"
+    assert probe.counters_unreadable() == probe.kernel_tls_unavailable() == reason
+    found = probe.probe()
+    assert not any((found.kernel_tls, *found.tx.values(), *found.rx.values()))
+
+
+def test_why_a_receiving_key_stays(kernel: ScriptedKernel) -> None:
+    assert probe.rekey_unsupported() is None
+    probe.cache_clear()
+    kernel.rekey = False
+    assert probe.rekey_unsupported() == "this kernel can't change a receiving key"
+    probe.cache_clear()
+    kernel.missing = {(aead, TLS_RX) for aead in ALL_AEADS}
+    kernel.rekey = True
+    reason = "a receiving key can't be changed: the kernel has no such crypto algorithm"
+    assert probe.rekey_unsupported() == reason
 
 
 def test_everything_works(kernel: ScriptedKernel) -> None:

@@ -7,7 +7,7 @@ import platform
 import ssl
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, final
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ktls.handshake.keylog import tap_for
 from ktls.protocol.enums import ProtocolVersion
 from ktls.protocol.suites import AEAD
 from ktls.record.probe import Capabilities, Finding, probe
@@ -29,7 +30,10 @@ __all__ = ("Report", "Verdict", "command", "verdict")
 #: Other ciphers are negotiated only by those who configured them.
 _USUAL: Final = (AEAD.AES_128_GCM, AEAD.AES_256_GCM, AEAD.CHACHA20_POLY1305)
 _VERSIONS: Final = {ProtocolVersion.TLSv1_3: "TLS 1.3", ProtocolVersion.TLSv1_2: "TLS 1.2"}
-_EXIT_STATUS: Final = {"kernel": 0, "degraded": 1, "userspace": 2}
+_EXIT_STATUS: Final = {"kernel": 0, "degraded": 1, "userspace": 2, "engine": 2}
+_STYLE: Final = ("bold green", "bold yellow", "bold red")
+
+_Cipher: TypeAlias = tuple[ProtocolVersion, AEAD]
 
 
 @final
@@ -37,7 +41,7 @@ _EXIT_STATUS: Final = {"kernel": 0, "degraded": 1, "userspace": 2}
 class Verdict:
     """What connections will use here: the kernel both ways, not always, or not at all."""
 
-    status: Literal["kernel", "degraded", "userspace"]
+    status: Literal["kernel", "degraded", "userspace", "engine"]
     text: str
 
 
@@ -50,6 +54,8 @@ class Report:
     module: Module
     drivers: tuple[Driver, ...]
     counters: Mapping[str, int]
+    #: Whether OpenSSL can give us the keys of a connection.
+    secrets: Finding
 
     @classmethod
     def collect(cls) -> Report:
@@ -58,7 +64,9 @@ class Report:
         module = module_state()
         if capabilities.kernel_tls and not module.loaded:  # there is no /proc to say so
             module = Module(loaded=True, on_disk=None)
-        return cls(capabilities, module, drivers(), counters())
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        secrets = Finding(tap_for(context).unavailable)
+        return cls(capabilities, module, drivers(), counters(), secrets)
 
 
 @click.command()
@@ -70,7 +78,7 @@ def command(*, as_json: bool) -> int:
     As root this loads the kernel's tls module.
     """
     report = Report.collect()
-    judgement = verdict(report.capabilities)
+    judgement = verdict(report.capabilities, report.secrets)
     if as_json:
         click.echo(json.dumps(_as_json(report, judgement), indent=2))
     else:
@@ -78,8 +86,10 @@ def command(*, as_json: bool) -> int:
     return _EXIT_STATUS[judgement.status]
 
 
-def verdict(capabilities: Capabilities) -> Verdict:
-    """Say in one sentence what connections will use, and why."""
+def verdict(capabilities: Capabilities, secrets: Finding | None = None) -> Verdict:
+    """Say in one sentence what connections will use, and why. ``secrets``: whether the engine gives any."""
+    if secrets is not None and not secrets:
+        return Verdict("engine", f"Every connection stays with OpenSSL, because {secrets.reason}.")
     if not capabilities.kernel_tls:
         why = capabilities.kernel_tls.reason
         return Verdict("userspace", f"Every connection runs in user space, because {why}.")
@@ -88,8 +98,7 @@ def verdict(capabilities: Capabilities) -> Verdict:
         cipher for cipher in usual if not (capabilities.tx[cipher] and capabilities.rx[cipher])
     ]
     if len(missing) == len(usual):
-        why = capabilities.tx[usual[0]].reason or capabilities.rx[usual[0]].reason
-        return Verdict("userspace", f"Every connection runs in user space, because {why}.")
+        return _no_cipher_both_ways(capabilities, usual)
     names = ", ".join(f"{_name(aead)} in {_VERSIONS[version]}" for version, aead in missing)
     rekey = capabilities.rekey_tx and capabilities.rekey_rx
     if not rekey:
@@ -100,8 +109,21 @@ def verdict(capabilities: Capabilities) -> Verdict:
     else:
         text = "Connections use the kernel both ways, and change their keys there"
     if missing:
-        text += f"; {names} needs user space"
+        text += f"; {names} need{'s' if len(missing) == 1 else ''} user space"
     return Verdict("kernel" if rekey and not missing else "degraded", text + ".")
+
+
+def _no_cipher_both_ways(capabilities: Capabilities, usual: list[_Cipher]) -> Verdict:
+    """No usual cipher works in both directions; in one of them it may."""
+    tx = next((capabilities.tx[c].reason for c in usual if not capabilities.tx[c]), None)
+    rx = next((capabilities.rx[c].reason for c in usual if not capabilities.rx[c]), None)
+    if any(capabilities.tx[cipher] for cipher in usual):
+        text = f"Connections send through the kernel and receive in user space, because {rx}."
+        return Verdict("degraded", text)
+    if any(capabilities.rx[cipher] for cipher in usual):
+        text = f"TLS 1.2 connections receive through the kernel; everything else is in user space, because {tx}."
+        return Verdict("degraded", text)
+    return Verdict("userspace", f"Every connection runs in user space, because {tx}.")
 
 
 def _name(aead: AEAD) -> str:
@@ -128,6 +150,7 @@ def _as_json(report: Report, judgement: Verdict) -> dict[str, Any]:
     return {
         "verdict": asdict(judgement),
         "kernel": {"release": platform.release(), "machine": platform.machine()},
+        "secrets": found(report.secrets),
         "kernel_tls": found(capabilities.kernel_tls),
         "module": asdict(report.module) | {"advice": report.module.advice()},
         "ciphers": [
@@ -185,8 +208,7 @@ def _show(report: Report, judgement: Verdict) -> None:
             console.print(_counter_table(report.counters))
     else:
         console.print()
-    style = {"kernel": "bold green", "degraded": "bold yellow", "userspace": "bold red"}
-    console.print(Text(judgement.text, style=style[judgement.status]))
+    console.print(Text(judgement.text, style=_STYLE[_EXIT_STATUS[judgement.status]]))
 
 
 def _facts(report: Report) -> Table:

@@ -30,7 +30,13 @@ from ktls.record.driver import Driver
 from ktls.record.engine import EngineDriver
 from ktls.record.interface import KeyChangeObserver, LayerName, RecordReceiver, RecordSender
 from ktls.record.kernel import KernelReceiver, KernelSender, attach
-from ktls.record.probe import max_payload_supported, rekey_supported
+from ktls.record.probe import (
+    FORBIDDEN,
+    counters_unreadable,
+    max_payload_supported,
+    rekey_supported,
+    rekey_unsupported,
+)
 from ktls.record.userspace import UserspaceReceiver, UserspaceSender
 
 from .result import HandshakeResult, HandshakeSecrets
@@ -65,14 +71,14 @@ def prepare(sock: socket.socket, policy: OffloadPolicy) -> str | None:
         attach(sock)
     except OSError as error:
         return _refusal(error)
-    return None
+    return counters_unreadable()
 
 
 def _refusal(error: OSError) -> str:
     text = {
         errno.ENOENT: "the kernel has no module tls, or it is not loaded and we may not load it (modprobe tls)",
         errno.ENOTCONN: "the peer had already closed when the socket was prepared",
-        errno.EPERM: "setsockopt is not permitted (seccomp?)",
+        **dict.fromkeys(FORBIDDEN, "a security policy forbids kernel TLS (setsockopt TCP_ULP)"),
     }
     reason = text.get(error.errno or 0)
     return reason or f"the kernel refused: {os.strerror(error.errno or 0)}"
@@ -196,7 +202,7 @@ def _receiver(
         and policy != "kernel"
     ):
         reasons.append(
-            "this kernel can't change a receiving key, and the peer of a TLS 1.3 connection may do so at any time"
+            f"{rekey_unsupported()}, and the peer of a TLS 1.3 connection may do so at any time"
         )
         use_kernel = False
     if use_kernel and leftover:
@@ -213,4 +219,6 @@ def _refused_suite(secrets: HandshakeSecrets, what: str, error: OSError) -> str:
     aead = secrets.suite.aead.name
     if error.errno == errno.ENOENT:
         return f"the kernel has no cipher for {aead} ({what})"
+    if error.errno in FORBIDDEN:
+        return f"a security policy forbids what {what} through the kernel needs"
     return f"the kernel refused {aead} for {what}: {os.strerror(error.errno or 0)}"

@@ -146,6 +146,14 @@ class _MemoryFile:
         except (OSError, ValueError):
             pass  # zeroed already; only the memory stays
 
+    def leads_here(self) -> bool:
+        """Whether ``path`` is this file. It would not be if what is mounted on /proc were something else."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
     def close(self) -> None:
         if self.is_ours():
             os.close(self._fd)
@@ -178,6 +186,10 @@ class KeyLogTap:
             file = _MemoryFile()
         except OSError as error:
             self._failure = f"no memory file for the key log: {error.strerror}"
+            return
+        if not file.leads_here():
+            self._failure = "the key log can't be opened: there is no /proc"
+            file.close()
             return
         try:
             _KEYLOG_FILENAME.__set__(context, file.path)

@@ -3,8 +3,8 @@
 Never by the kernel's version: distributions port features back, and module, crypto algorithms or privileges may be missing
 on any version. Two depths:
 
-- ``kernel_tls_unavailable``, ``rekey_supported``, ``max_payload_supported``: the three questions of the connection path. One pair and a few system
-  calls, once per process.
+- ``kernel_tls_unavailable``, ``counters_unreadable``, ``rekey_supported``, ``max_payload_supported``: the questions of the connection path. One pair and a
+  few system calls, once per process.
 - ``probe``: everything, and records sent through it; what ``ktls doctor`` shows.
 
 Only what the kernel said about TLS is remembered. Where no pair could be made (no descriptors left, no IPv4 loopback), or memory ran out, nothing was
@@ -46,14 +46,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 __all__ = (
+    "FORBIDDEN",
     "Capabilities",
     "Finding",
     "cache_clear",
+    "counters_unreadable",
     "kernel_tls_unavailable",
     "max_payload_supported",
     "probe",
     "rekey_supported",
+    "rekey_unsupported",
 )
+
+#: What sandboxes (seccomp, security modules) answer; the kernel itself has other words.
+FORBIDDEN: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
 
 #: Seconds. Loopback answers at once; or it is down, or a packet filter eats the packets.
 _TIMEOUT: Final = 2.0
@@ -76,23 +82,24 @@ _CIPHERS: Final = tuple(
 _POLICY: Final = "a security policy forbids it"
 _ULP_REFUSALS: Final = {
     errno.ENOPROTOOPT: "this kernel does not know TCP_ULP",
-    errno.EPERM: _POLICY,
-    errno.EACCES: _POLICY,
+    **dict.fromkeys(FORBIDDEN, _POLICY),
 }
+_NO_REKEY: Final = "this kernel can't change keys"
 _KEY_REFUSALS: Final = {
     errno.ENOENT: "the kernel has no such crypto algorithm",
     errno.EINVAL: "the kernel does not know this version or cipher",
-    errno.EBUSY: "this kernel can't change keys",
+    errno.EBUSY: _NO_REKEY,
     errno.ENOPROTOOPT: "this kernel does not know this direction",
-    errno.EPERM: _POLICY,
-    errno.EACCES: _POLICY,
+    **dict.fromkeys(FORBIDDEN, _POLICY),
 }
 _OPTION_REFUSALS: Final = {
     errno.ENOPROTOOPT: "this kernel does not know the option",
     errno.EINVAL: "the kernel refuses the value",
-    errno.EPERM: _POLICY,
-    errno.EACCES: _POLICY,
+    **dict.fromkeys(FORBIDDEN, _POLICY),
 }
+_COUNTER_REFUSALS: Final = dict.fromkeys(
+    FORBIDDEN, "a security policy forbids reading the record counters (getsockopt)"
+)
 
 
 @final
@@ -147,6 +154,19 @@ def rekey_supported() -> bool:
     return bool(_essentials().rekey)
 
 
+def rekey_unsupported() -> str | None:
+    """Return why the kernel can't change a receiving key for us, or None; cached per process."""
+    reason = _essentials().rekey.reason
+    if reason is None or reason == _NO_REKEY:
+        return reason and "this kernel can't change a receiving key"
+    return f"a receiving key can't be changed: {reason}"
+
+
+def counters_unreadable() -> str | None:
+    """Return why the kernel's record counters can't be read, without which nobody knows how much a key was used; None if they can; cached per process."""
+    return _essentials().counters.reason
+
+
 def max_payload_supported() -> bool:
     """Whether the kernel can send records shorter than 16 KiB; cached per process."""
     return bool(_essentials().max_payload)
@@ -166,6 +186,8 @@ class _Essentials:
     kernel_tls: Finding
     rekey: Finding
     max_payload: Finding
+    #: Works as well where nothing was found out: this is about what forbids it.
+    counters: Finding = _WORKS
     transient: bool = False
 
 
@@ -185,10 +207,16 @@ def _find_essentials() -> _Essentials:
             suite = _send_with_any_cipher(sock)
             if suite is None:
                 return _Essentials(kernel_tls=_WORKS, rekey=_NO_TLS13, max_payload=_NO_TLS13)
+            counters = _read_counter(sock)
             rekey = _set_key(sock, TLS_TX, suite)
             rekey = rekey and _set_key(sock, TLS_RX, suite) and _set_key(sock, TLS_RX, suite)
             max_payload = _set_option(sock, TLS_TX_MAX_PAYLOAD_LEN, _FULL_FRAGMENT)
-            return _Essentials(kernel_tls=_WORKS, rekey=rekey, max_payload=max_payload)
+            return _Essentials(
+                kernel_tls=counters,
+                rekey=rekey,
+                max_payload=max_payload,
+                counters=counters,
+            )
     except _NothingFound as nothing:
         missing = nothing.finding
         return _Essentials(
@@ -218,6 +246,9 @@ def _find_options() -> Capabilities:
         suite = _send_with_any_cipher(sock)
         if suite is None:
             return _all_the_same(_NO_TLS13, kernel_tls=_WORKS)
+        counters = _read_counter(sock)
+        if counters.reason is not None:
+            raise _NothingFound(counters.reason, transient=False)
         received = _set_key(sock, TLS_RX, suite)
         return Capabilities(
             kernel_tls=_WORKS,
@@ -284,6 +315,14 @@ def _set_key(
         sock.setsockopt(SOL_TLS, direction, crypto_info)
     except OSError as error:
         return _refusal(error, _KEY_REFUSALS)
+    return _WORKS
+
+
+def _read_counter(sock: socket.socket) -> Finding:
+    try:
+        sock.getsockopt(SOL_TLS, TLS_TX, 4)  # version and cipher: no keys
+    except OSError as error:
+        return _refusal(error, _COUNTER_REFUSALS)
     return _WORKS
 
 
