@@ -113,7 +113,9 @@ class TicketRelay:
         """
         with self._lock:
             if not self._fresh and self._sslobject is not None:
-                self._session = self._sslobject.session
+                # Python 3.11 copies a session through a form that has no room for the largest tickets: the one before stays then.
+                with contextlib.suppress(ValueError):
+                    self._session = self._sslobject.session
                 self._fresh = True
             return self._session
 
