@@ -144,6 +144,7 @@ class ReceivingHalf:
         receiver = self._receiver
         assert isinstance(receiver, KernelReceiver)
         with self._lock:
+            self._look_first()  # the grant ends here: after an error, nothing is read past it
             found = receiver.translate(error)
             if isinstance(found, OSError):
                 self._failed(found)
@@ -348,6 +349,7 @@ class ReceivingHalf:
                     self._on_ticket(item.message)
             case PeerClosed():
                 self._end = item
+                self._read_no_more()
             case SendMessage() | UpdateTxKey() | Closed():
                 pass  # queued already, or said by the state
 
@@ -388,6 +390,13 @@ class ReceivingHalf:
             self._special = True
             self._sending.network_failed(error)
 
+    def _read_no_more(self) -> None:
+        """What still comes is nobody's business: the sending half must not stumble over what the kernel finds in it."""
+        receiver = self._receiver
+        if receiver.name == "kernel" and (kernel := self._kernel_receiver()) is not None:
+            self._sending.look_first()
+            self._sending.unread = kernel.sock
+
     def _may_alert(self) -> bool:
         return self._connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
 
@@ -395,6 +404,7 @@ class ReceivingHalf:
         """Under both locks. Repeating it does nothing more: there is one alert."""
         self._end = error
         self._special = True
+        self._read_no_more()
         alert = None
         if isinstance(error, RemoteProtocolError):
             alert = build_alert(error.alert)

@@ -6,6 +6,7 @@ See ``driver`` for the theory. The queue is the only place where a sending comma
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Callable, Iterable
 from typing import Final, final
@@ -54,6 +55,7 @@ class SendingHalf:
         "_state_lock",
         "failure",
         "grant",
+        "unread",
     )
 
     def __init__(
@@ -80,6 +82,8 @@ class SendingHalf:
         self._error: OSError | None = None
         #: What made the connection fail, if the receiving half found it.
         self.failure: OSError | None = None
+        #: The socket, once nobody reads it any more while the kernel goes on looking at what comes.
+        self.unread: socket.socket | None = None
         self._direct = direct and sender.name == "kernel" and sender.max_fragment == MAX_FRAGMENT
         #: Records that may be sent right away: nothing is owed, nothing has failed, no limit is near. 0: look first.
         self.grant = self._granted = 0
@@ -124,7 +128,7 @@ class SendingHalf:
                     self._failed(error)
                     raise
                 self._meter.used(-(-sent // self._sender.max_fragment), sent)
-                if self._direct and not self._owed:
+                if self._direct and not self._owed and self.unread is None:
                     self.grant = self._granted = self._meter.spare()
         finally:
             self._released()
@@ -228,6 +232,16 @@ class SendingHalf:
             self._meter.used(self._granted - self.grant, 0)
             self.grant = self._granted = 0
 
+    def _forget_what_came(self) -> None:
+        """Clear the kernel's error about a record that nobody will read: it would be told to whoever sends, and again and again."""
+        if self.unread is None:
+            return
+        number = self.unread.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number in DEAD_ERRNOS:
+            error = OSError(number, os.strerror(number))
+            self._failed(error)
+            raise error
+
     def _prepare_data(self, flags: int) -> None:
         """Make sure that application data may go out now. Under the tx lock."""
         self.look_first()
@@ -245,6 +259,7 @@ class SendingHalf:
             self._run_owed(flags)
         if self._connection.tx_state is not HalfState.OPEN:
             self._refuse_data(flags)
+        self._forget_what_came()
 
     def _look_at_tx(self) -> None:
         number = self._sender.sequence_number()
@@ -282,6 +297,7 @@ class SendingHalf:
                 # Found by a reader, maybe: the kernel would take the records now, and drop them.
                 owed.clear()
                 raise self._error.with_traceback(None)
+            self._forget_what_came()
             item = owed[0]
             try:
                 if isinstance(item, SendMessage):
