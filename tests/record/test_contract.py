@@ -176,7 +176,7 @@ class KeepsTheNumbers(Broken):
     def install(self, keys: TrafficKeys) -> None:
         number = self.inner.sequence_number()
         self.inner.install(keys)
-        self.inner._protection.sequence_number = number
+        self.inner._number = number
 
 
 class TakesEmptyRecordsForTheEnd(Broken):

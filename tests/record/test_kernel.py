@@ -12,8 +12,8 @@ import pytest
 
 from ktls.protocol.enums import ContentType
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
-from ktls.record import kernel
 from ktls.record.interface import ControlRecord
+from ktls.record.tcp import acknowledged, queued_by_tcp
 from ktls.testing import (
     PATIENCE,
     RecordPeer,
@@ -167,8 +167,8 @@ def test_flush_knows_how_many_bytes_tcp_must_get(suite: CipherSuite, tmp_path: P
             sender.send_record(ContentType.ALERT, b"\x01\x5a")
             sender.sendfile(opened.fileno(), 0, 40_000)
             drain(theirs)
-        eventually(lambda: not kernel._queued(sock), "TCP is not quiet")
-        assert sender._expected() == kernel._acknowledged(sock)
+        eventually(lambda: not queued_by_tcp(sock), "TCP is not quiet")
+        assert sender._expected() == acknowledged(sock)
         sender.flush()
 
 
@@ -178,7 +178,7 @@ def test_flush_is_not_deceived_by_a_quiet_tcp() -> None:
     with loopback_pair() as (sock, _):
         sender = kernel_sender(sock, TLS13, made_up_keys(TLS13, "us"), 0, MAX_FRAGMENT)
         sender.send(b"data")
-        eventually(lambda: not kernel._queued(sock), "TCP is not quiet")
+        eventually(lambda: not queued_by_tcp(sock), "TCP is not quiet")
         sender.flush()
         sender._octets += 1  # as if one byte more had been accepted that TCP has not got yet
         with pytest.raises(BlockingIOError):

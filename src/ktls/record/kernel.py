@@ -31,7 +31,6 @@ import errno
 import os
 import socket
 import struct
-from fcntl import ioctl
 from typing import Final, final
 
 from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType, ProtocolVersion
@@ -44,10 +43,8 @@ from .aead import record_type
 from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
 from .linux import (
     CRYPTO_INFO,
-    SIOCOUTQ,
     SOL_TLS,
     TCP_ULP,
-    TCPI_BYTES_ACKED,
     TLS_GET_RECORD_TYPE,
     TLS_RX,
     TLS_SET_RECORD_TYPE,
@@ -56,6 +53,7 @@ from .linux import (
     pack_crypto_info,
     unpack_rec_seq,
 )
+from .tcp import acknowledged, given_to_tcp, queued_by_tcp
 
 __all__ = ("KernelReceiver", "KernelSender", "attach")
 
@@ -128,7 +126,7 @@ class KernelSender:
         self.can_change_key = can_change_key
         self.max_fragment = max_fragment
         #: Bytes that TCP had when the present key came into use, and the number of its first record.
-        self._base = _given_to_tcp(sock)
+        self._base = given_to_tcp(sock)
         self._first = sequence_number
         #: Bytes of plain text accepted under the present key.
         self._octets = 0
@@ -146,6 +144,10 @@ class KernelSender:
         except OSError as error:
             self._note(error)
             raise
+        except BaseException:
+            # Of a signal handler: before or after, who knows. If before, ``flush`` will wait for too much, which loses nothing.
+            self._octets += len(data)
+            raise
         self._octets += sent
         return sent
 
@@ -158,6 +160,9 @@ class KernelSender:
         except OSError as error:
             self._note(error)
             raise
+        except BaseException:
+            self._octets += sum(map(len, buffers))  # as in ``send``
+            raise
         self._octets += sent
         return sent
 
@@ -166,32 +171,46 @@ class KernelSender:
         if self._dead is not None:
             raise self._dead_again()
         control = [(SOL_TLS, TLS_SET_RECORD_TYPE, bytes((content_type,)))]
+        sent: list[int] = []
         try:
-            self._octets += self._sock.sendmsg((fragment,), control, flags)
+            # One step: see ``interruption``.
+            sent += map(self._sock.sendmsg, ((fragment,),), (control,), (flags,))
         except OSError as error:
             self._note(error)
             raise
+        finally:
+            if sent:
+                self._octets += sent[0]
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """See ``RecordSender``. One system call; the kernel reads the file and encrypts, nothing is copied to this process."""
         if self._dead is not None:
             raise self._dead_again()
+        sent: list[int] = []
         try:
             left = os.fstat(fd).st_size - offset
-            sent = os.sendfile(
-                self._sock.fileno(), fd, offset, min(count, left) if left > 0 else count
-            )
+            size = min(count, left) if left > 0 else count
+            ours = self._sock.fileno()
+            sent += map(os.sendfile, (ours,), (fd,), (offset,), (size,))  # as in ``send_record``
         except OSError as error:
             self._note(error)
             raise
-        self._octets += sent
-        return sent
+        finally:
+            if sent:
+                self._octets += sent[0]
+        return sent[0]
 
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordSender``. EBUSY where the kernel has no rekey."""
-        expected = self._expected()
-        self._sock.setsockopt(SOL_TLS, TLS_TX, pack_crypto_info(self._suite, keys, 0))
-        self._base, self._first, self._octets = expected, 0, 0
+        info = pack_crypto_info(self._suite, keys, 0)
+        before = self._base, self._first, self._octets
+        # No call in between: so this can be repeated if an exception of a signal handler comes after the second.
+        self._base, self._first, self._octets = self._expected(), 0, 0
+        try:
+            self._sock.setsockopt(SOL_TLS, TLS_TX, info)
+        except OSError:
+            self._base, self._first, self._octets = before
+            raise
 
     def sequence_number(self) -> int:
         """See ``RecordSender``. Asks the kernel, which counts every record, whoever sent it."""
@@ -206,7 +225,7 @@ class KernelSender:
         """See ``RecordSender``. All that was accepted has to have been acknowledged by the peer's TCP: see the theory."""
         if self._dead is not None:
             raise self._dead_again()
-        queued = _queued(self._sock) or self._expected() - _acknowledged(self._sock)
+        queued = queued_by_tcp(self._sock) or self._expected() - acknowledged(self._sock)
         if queued > 0:
             raise BlockingIOError(errno.EAGAIN, f"{queued} bytes are not acknowledged yet")
 
@@ -374,30 +393,6 @@ class KernelReceiver:
             return error
         self._halted = True
         return self._dead
-
-
-def _acknowledged(sock: socket.socket) -> int:
-    """How many bytes of this connection the peer's TCP has acknowledged."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCPI_BYTES_ACKED + 8)
-    acknowledged: int = struct.unpack_from("=Q", info, TCPI_BYTES_ACKED)[0]
-    return acknowledged
-
-
-def _queued(sock: socket.socket) -> int:
-    """How many bytes TCP has that are not acknowledged."""
-    queued: int = struct.unpack("=i", ioctl(sock.fileno(), SIOCOUTQ, bytes(4)))[0]
-    return queued
-
-
-def _given_to_tcp(sock: socket.socket) -> int:
-    """How many bytes TCP was given since the connection began."""
-    before = _acknowledged(sock)
-    while True:
-        queued = _queued(sock)
-        acknowledged = _acknowledged(sock)
-        if acknowledged == before:  # else some were counted twice, or not at all
-            return acknowledged + queued
-        before = acknowledged
 
 
 def _rec_seq(sock: socket.socket, direction: int, suite: CipherSuite) -> int:

@@ -42,6 +42,7 @@ from .interface import (
     RecordReceiver,
     WriteBuffer,
 )
+from .interruption import acquire_and_note, torn
 from .kernel import KernelReceiver
 from .meter import Meter
 from .sending import SendingHalf
@@ -68,6 +69,7 @@ class ReceivingHalf:
         "_meter",
         "_on_key_change",
         "_on_ticket",
+        "_reading",
         "_receiver",
         "_sending",
         "_sock",
@@ -103,6 +105,8 @@ class ReceivingHalf:
         self._install: UpdateRxKey | None = None
         #: Whether the last reader was told to wait: it may poll now, and would not hear of what somebody else takes from TCP.
         self._awaited = False
+        #: Whether a record was begun to be read, and not everything that follows from it is done. Guarded by the rx lock: who finds it there finds a torn one.
+        self._reading = False
         #: Application data that a slow path met.
         self._early = b""
         #: Whether any of the above makes the next read a special case.
@@ -156,6 +160,8 @@ class ReceivingHalf:
 
     def _look_first(self) -> None:
         """Let nothing be read without a look at everything, and count what was. Under the rx lock."""
+        if self._reading:
+            self._fail_torn()
         if self._granted:
             taken = self._granted - self.grant
             self.grant = self._granted = 0
@@ -231,10 +237,11 @@ class ReceivingHalf:
         In the kernel these may be records that ``poll`` does not show. In user space it takes ``read_ahead``, and then data may end up in this
         process (``pending``) that ``poll`` does not show; so nothing is done there after a read that would have blocked, until the next read.
         """
-        if not self._lock.acquire(blocking=False):
-            return  # a reader is at work: it meets everything
-        self._look_first()
+        held: list[bool] = []
         try:
+            if not acquire_and_note(held, self._lock, 0):
+                return  # a reader is at work: it meets everything
+            self._look_first()
             while not self._early and self._end is None:
                 if self._install is not None:
                     self._read_record(socket.MSG_DONTWAIT)
@@ -247,7 +254,8 @@ class ReceivingHalf:
         except OSError as error:
             self._failed(error)
         finally:
-            self._lock.release()
+            if held and held[0]:
+                self._lock.release()
 
     def _kernel_receiver(self) -> KernelReceiver | None:
         receiver = self._receiver
@@ -281,11 +289,12 @@ class ReceivingHalf:
         self._meter.used(count, count)
         self._connection.received_data(count)
         if self._meter.due():
-            number = self._receiver.sequence_number()
+            number, now = self._receiver.sequence_number(), self._clock()
+            octets = self._meter.octets
             with self._state_lock:
-                self._sending.owe(
-                    self._connection.record_usage(
-                        Direction.RX, number, octets=self._meter.octets, now=self._clock()
+                self._sending.follow(
+                    lambda: self._connection.record_usage(
+                        Direction.RX, number, octets=octets, now=now
                     )
                 )
             self._meter.looked(number, self._connection.record_limit(Direction.RX))
@@ -300,24 +309,31 @@ class ReceivingHalf:
         if self._install is not None:
             self._try_again(self._install)
             return
+        self._reading = True
         try:
             message = self._receiver.read_record(flags)
+            if message is None:
+                self._truncated()
+            else:
+                for item in self._process(message):
+                    self._receive_item(item)
+                self._meter.used(1, 0)
+                self._mark()
         except OSError as error:
-            self._failed(error)
+            if isinstance(error, KTLSError) or error.errno is not None:  # else a signal handler's
+                self._failed(error)
+                self._reading = False
             raise
-        if message is None:
-            self._truncated()
-            return
-        try:
-            for item in self._process(message):
-                self._receive_item(item)
-        except OSError as error:
-            self._failed(error)
-            raise
+        else:
+            self._reading = False
         finally:
             self._sending.run_owed()
-        self._meter.used(1, 0)
-        self._mark()
+
+    def _fail_torn(self) -> None:
+        """Fail: a record was taken, and not all that follows from it was done. Under the rx lock."""
+        self._reading = False
+        self._failed(error := torn("the reading of a record"))
+        raise error
 
     def _try_again(self, item: UpdateRxKey) -> None:
         try:
@@ -328,15 +344,16 @@ class ReceivingHalf:
 
     def _process(self, message: InboundPlainMessage) -> Sequence[ConnectionState]:
         """Let the connection say what follows, and queue what is to be sent. No sender may see a failure without its reason."""
+        now = self._clock()
         with self._state_lock:
             may_alert = self._may_alert()
             try:
-                items = self._connection.process_message(message, now=self._clock())
+                return self._sending.follow(
+                    lambda: self._connection.process_message(message, now=now)
+                )
             except KTLSError as error:
                 self._fail(error, may_alert)
                 raise
-            self._sending.owe(items)
-            return items
 
     def _receive_item(self, item: ConnectionState) -> None:
         match item:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, final
 
 from ktls.protocol.connection import KernelConnection
@@ -18,6 +18,7 @@ from ktls.protocol.states import ConnectionState, HalfState, SendMessage, Update
 from ktls.protocol.suites import MAX_FRAGMENT
 
 from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordSender
+from .interruption import acquire_and_note, torn
 from .meter import Meter
 
 __all__ = ("SendingHalf",)
@@ -42,6 +43,7 @@ class SendingHalf:
     """Everything that goes out. ``locks``: tx, and state, which guards the connection and is shared with the receiving half."""
 
     __slots__ = (
+        "_advancing",
         "_clock",
         "_connection",
         "_direct",
@@ -53,6 +55,7 @@ class SendingHalf:
         "_owed",
         "_sender",
         "_state_lock",
+        "_tried",
         "failure",
         "grant",
         "unread",
@@ -78,6 +81,10 @@ class SendingHalf:
         #: None until something is: most connections never owe anything.
         self._owed: list[SendMessage | UpdateTxKey] | None = None
         self._meter = Meter(connection.limits, clock)
+        #: Whether the connection is being asked for commands that are not in the queue yet. Guarded by the state lock: who finds it there finds a torn change.
+        self._advancing = False
+        #: The message that was tried last, and the number of its record.
+        self._tried: tuple[SendMessage, int] | None = None
         #: A network error, or the end of the key: raised by every further ``send``.
         self._error: OSError | None = None
         #: What made the connection fail, if the receiving half found it.
@@ -168,10 +175,9 @@ class SendingHalf:
 
         ``LocalProtocolError``: nothing happened. ``BlockingIOError``: it will happen, in order, before the next data.
         """
+        now = self._clock()
         with self._state_lock:
-            self.owe(
-                self._connection.refresh_traffic_keys(request_peer=request_peer, now=self._clock())
-            )
+            self.follow(lambda: self._connection.refresh_traffic_keys(request_peer, now=now))
         self._run(flags)
 
     def close_notify(self, flags: int = 0, *, patience: float = -1) -> None:
@@ -180,17 +186,19 @@ class SendingHalf:
         ``patience``: seconds to wait for another thread that is sending; -1: for ever.
         """
         with self._state_lock:
-            self.owe(self._connection.close())
+            self.follow(self._connection.close)
         self._run(flags, patience)
 
     def _run(self, flags: int, patience: float = -1) -> None:
-        if not self._lock.acquire(timeout=patience):
-            raise BlockingIOError(errno.EAGAIN, "another thread is sending")
+        held: list[bool] = []
         try:
+            if not acquire_and_note(held, self._lock, patience):
+                raise BlockingIOError(errno.EAGAIN, "another thread is sending")
             self._run_owed(flags)
         finally:
-            self._lock.release()
-            self._released()
+            if held and held[0]:
+                self._lock.release()
+                self._released()
 
     def _released(self) -> None:
         """To be called after the lock was released, always: a reader that owed something in the meantime found it taken, and went on."""
@@ -199,8 +207,11 @@ class SendingHalf:
 
     def run_owed(self) -> None:
         """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
-        while self.owes and self._lock.acquire(blocking=False):
+        while self.owes:
+            held: list[bool] = []
             try:
+                if not acquire_and_note(held, self._lock, 0):
+                    return
                 self._run_owed(socket.MSG_DONTWAIT)
                 if self._sender.unsent:
                     self._sender.flush(socket.MSG_DONTWAIT)
@@ -209,7 +220,8 @@ class SendingHalf:
             except OSError:
                 return  # kept in _error
             finally:
-                self._lock.release()
+                if held and held[0]:
+                    self._lock.release()
 
     def flush(self, flags: int = 0) -> None:
         """Hand to TCP whatever the sending layer still holds; ``BlockingIOError`` if that can't be done yet."""
@@ -219,12 +231,35 @@ class SendingHalf:
         finally:
             self._released()
 
-    def owe(self, items: Iterable[ConnectionState]) -> None:
-        """Queue the sending commands among ``items``. Under the state lock."""
+    def follow(self, ask: Callable[[], Sequence[ConnectionState]]) -> Sequence[ConnectionState]:
+        """Return what follows in the connection from ``ask``, and queue the sending commands of it: all of them, or the connection has failed. Under the state lock."""
         self.look_first()
-        for item in items:
-            if isinstance(item, SendMessage | UpdateTxKey):
-                self._append(item)
+        self._look_for_tear()
+        self._advancing = True
+        try:
+            items = ask()
+        except KTLSError:
+            self._advancing = False
+            raise
+        self.owe(items)
+        self._advancing = False
+        return items
+
+    def owe(self, items: Iterable[ConnectionState]) -> None:
+        """Queue the sending commands among ``items``. Under the state lock.
+
+        All in one step: whoever holds the tx lock runs what is there, and then sends data. Between a KeyUpdate and its key there must be none.
+        """
+        self.look_first()
+        self._append([item for item in items if isinstance(item, SendMessage | UpdateTxKey)])
+
+    def _look_for_tear(self) -> None:
+        """Under the state lock. The secrets may have moved on, and nobody knows the commands: nothing can be sent any more."""
+        if self._advancing:
+            self._advancing = False
+            self._connection.fail()
+            self._error = self.failure = torn("a change of keys")
+            raise self._error
 
     def look_first(self) -> None:
         """Let nothing go out without a look at everything, and count what did."""
@@ -245,6 +280,9 @@ class SendingHalf:
     def _prepare_data(self, flags: int) -> None:
         """Make sure that application data may go out now. Under the tx lock."""
         self.look_first()
+        if self._advancing:
+            with self._state_lock:  # in another thread it ends
+                self._look_for_tear()
         if self._owed:
             try:
                 self._run_owed(flags)
@@ -262,12 +300,10 @@ class SendingHalf:
         self._forget_what_came()
 
     def _look_at_tx(self) -> None:
-        number = self._sender.sequence_number()
+        number, octets, now = self._sender.sequence_number(), self._meter.octets, self._clock()
         with self._state_lock:
-            self.owe(
-                self._connection.record_usage(
-                    Direction.TX, number, octets=self._meter.octets, now=self._clock()
-                )
+            self.follow(
+                lambda: self._connection.record_usage(Direction.TX, number, octets=octets, now=now)
             )
         self._meter.looked(number, self._connection.record_limit(Direction.TX))
 
@@ -278,7 +314,7 @@ class SendingHalf:
                 "the sending key has reached its limit, or the peer asked for a new one, and this connection can't change it"
             )
             with self._state_lock:
-                self.owe(self._connection.close())
+                self.follow(self._connection.close)
             self._run_owed(flags)
             raise self._error
         if state is HalfState.FAILED:
@@ -301,18 +337,26 @@ class SendingHalf:
             item = owed[0]
             try:
                 if isinstance(item, SendMessage):
-                    self._sender.send_record(item.content_type, item.fragment, flags)
-                    self._meter.used(1, 0)
+                    self._send_once(item, flags)
                 else:
                     self._install(item)
             except OSError as error:
                 self._failed(error)
                 raise
             del owed[0]
-            if isinstance(item, UpdateTxKey):
-                self._installed(item)
+            if isinstance(item, UpdateTxKey) and self._on_key_change is not None:
+                self._on_key_change(Direction.TX, item.cause)
+
+    def _send_once(self, item: SendMessage, flags: int) -> None:
+        """Send the head of the queue, unless that was done already, when an exception of a signal handler kept it from leaving the queue."""
+        number = self._sender.sequence_number()
+        if self._tried is None or self._tried[0] is not item or self._tried[1] == number:
+            self._tried = item, number
+            self._sender.send_record(item.content_type, item.fragment, flags)
+        self._meter.used(1, 0)
 
     def _install(self, item: UpdateTxKey) -> None:
+        """Repeating it changes nothing, as long as nothing was sent."""
         try:
             self._sender.install(item.keys)
         except OSError as error:
@@ -326,13 +370,9 @@ class SendingHalf:
                 if self._owed:
                     self._owed.clear()
             raise self._error from error
-
-    def _installed(self, item: UpdateTxKey) -> None:
         with self._state_lock:
             self._connection.tx_key_installed(item.generation)
         self._meter.key_changed()
-        if self._on_key_change is not None:
-            self._on_key_change(Direction.TX, item.cause)
 
     def network_failed(self, error: OSError) -> None:
         """Note that the receiving half found the network gone."""
@@ -342,13 +382,15 @@ class SendingHalf:
     def alert(self, fragment: bytes) -> None:
         """Queue an alert behind what is owed already. Under the state lock."""
         self.look_first()
-        self._append(SendMessage(ContentType.ALERT, fragment))
+        self._append([SendMessage(ContentType.ALERT, fragment)])
 
-    def _append(self, item: SendMessage | UpdateTxKey) -> None:
+    def _append(self, commands: list[SendMessage | UpdateTxKey]) -> None:
         """Under the state lock: the list is made once, and then stays the same object for whoever works on it."""
         if self._owed is None:
-            self._owed = []
-        self._owed.append(item)
+            if commands:
+                self._owed = commands
+        else:
+            self._owed += commands
 
     def _failed(self, error: OSError) -> None:
         """Remember a network error: the kernel reports it once, and then pretends to send."""

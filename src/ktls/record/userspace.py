@@ -8,6 +8,9 @@ Sending: records are sealed into an output buffer that goes to TCP as it can. ``
 at a time; so what it has accepted is at most one batch, and a batch that did not go out whole is pushed by whatever call comes next. ``flush`` must be called
 before the socket is closed.
 
+An exception of a signal handler may come after any call (see ``driver``). So a count and the buffer that it belongs to always move on together: what was sealed and did not
+get into the buffer does not exist, and its number is still free.
+
 Receiving: bytes are read ahead into a buffer and cut into records. With ``exact`` it never reads past the end of the current record, so that the kernel can take
 over at a record boundary (see ``catchup``). A record that was opened and not wholly read is kept as a view.
 """
@@ -39,7 +42,7 @@ _READ_SIZE: Final = 64 * 1024
 class UserspaceSender:
     """``RecordSender`` with the AEADs of ``cryptography``."""
 
-    __slots__ = ("_dead", "_out", "_protection", "_sock", "max_fragment")
+    __slots__ = ("_dead", "_number", "_out", "_protection", "_sock", "max_fragment")
 
     name: LayerName = "userspace"
     can_change_key = True
@@ -56,6 +59,8 @@ class UserspaceSender:
         self._sock = sock
         self._protection = RecordProtection(suite, keys, sequence_number)
         self._out = memoryview(b"")
+        #: How many records have been put into the buffer.
+        self._number = sequence_number
         self._dead: OSError | None = None
         self.max_fragment = max_fragment
 
@@ -64,7 +69,7 @@ class UserspaceSender:
         self.flush(flags)
         accepted = memoryview(data).cast("B")[:_BATCH]
         step = self.max_fragment
-        seal = self._protection.seal
+        seal = self._at_next().seal
         records = [
             seal(ContentType.APPLICATION_DATA, accepted[start : start + step])
             for start in range(0, len(accepted), step)
@@ -79,7 +84,7 @@ class UserspaceSender:
     def send_record(self, content_type: ContentType, fragment: bytes, flags: int = 0) -> None:
         """See ``RecordSender``."""
         self.flush(flags)
-        self._push(self._protection.seal(content_type, fragment), flags)
+        self._push(self._at_next().seal(content_type, fragment), flags)
 
     def sendfile(self, fd: int, offset: int, count: int) -> int:
         """See ``RecordSender``. Reads the file into this process: no zero copy here."""
@@ -89,11 +94,11 @@ class UserspaceSender:
 
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordSender``. What was sealed before stays in front."""
-        self._protection = RecordProtection(self._protection.suite, keys)
+        self._protection, self._number = RecordProtection(self._protection.suite, keys), 0
 
     def sequence_number(self) -> int:
         """See ``RecordSender``."""
-        return self._protection.sequence_number
+        return self._number
 
     @property
     def unsent(self) -> bool:
@@ -105,17 +110,25 @@ class UserspaceSender:
         if self._dead is not None:
             raise type(self._dead)(self._dead.errno, self._dead.strerror)
         while self._out:
+            sent: list[int] = []
             try:
-                sent = self._sock.send(self._out, flags)
+                sent += map(self._sock.send, (self._out,), (flags,))  # one step: see interruption
             except OSError as error:
                 if error.errno in DEAD_ERRNOS:
                     self._dead = error
                 raise
-            self._out = self._out[sent:]
+            finally:
+                if sent:
+                    self._out = self._out[sent[0] :]
+
+    def _at_next(self) -> RecordProtection:
+        """Return the key, at the record that is next."""
+        self._protection.sequence_number = self._number
+        return self._protection
 
     def _push(self, records: bytes, flags: int) -> None:
         """Take ``records`` as accepted, and send what can be sent now."""
-        self._out = memoryview(records)
+        self._out, self._number = memoryview(records), self._protection.sequence_number
         try:
             self.flush(flags)
         except OSError:
@@ -131,7 +144,16 @@ class UserspaceReceiver:
     ``initial`` are bytes that were read from the socket before (the over-read of a handshake).
     """
 
-    __slots__ = ("_buffer", "_dead", "_eof", "_exact", "_message", "_protection", "_sock")
+    __slots__ = (
+        "_buffer",
+        "_dead",
+        "_eof",
+        "_exact",
+        "_message",
+        "_number",
+        "_protection",
+        "_sock",
+    )
 
     name: LayerName = "userspace"
     can_change_key = True
@@ -149,6 +171,8 @@ class UserspaceReceiver:
         self._sock = sock
         self._protection = RecordProtection(suite, keys, sequence_number)
         self._buffer = bytearray(initial)
+        #: How many records have left the buffer.
+        self._number = sequence_number
         self._exact = exact
         #: The record that was opened and not wholly delivered.
         self._message: InboundPlainMessage | None = None
@@ -189,11 +213,11 @@ class UserspaceReceiver:
 
     def install(self, keys: TrafficKeys) -> None:
         """See ``RecordReceiver``."""
-        self._protection = RecordProtection(self._protection.suite, keys)
+        self._protection, self._number = RecordProtection(self._protection.suite, keys), 0
 
     def sequence_number(self) -> int:
         """See ``RecordReceiver``."""
-        return self._protection.sequence_number
+        return self._number
 
     def pending(self) -> int:
         """See ``RecordReceiver``."""
@@ -210,7 +234,7 @@ class UserspaceReceiver:
     @property
     def protection(self) -> RecordProtection:
         """The key at work, for a successor that takes over at a boundary."""
-        return self._protection
+        return self._at_next()
 
     @property
     def at_boundary(self) -> bool:
@@ -232,12 +256,12 @@ class UserspaceReceiver:
                 return filled
             try:
                 # Also when there is no room for it: ``pending`` then shows what ``poll`` can't.
-                self._message = self._open()
+                message = self._open()
             except KTLSError:
                 return filled  # what was good is delivered first; the next call raises it
-            if filled == len(view) or self._message.content_type != ContentType.APPLICATION_DATA:
+            if filled == len(view) or message.content_type != ContentType.APPLICATION_DATA:
                 return filled
-            fragment = self._message.fragment
+            fragment = message.fragment
             if not fragment:
                 return filled
 
@@ -252,16 +276,27 @@ class UserspaceReceiver:
                 return (
                     None  # also inside a record: without close_notify it is a truncation either way
                 )
-            try:
-                data = self._sock.recv(missing if self._exact else max(missing, _READ_SIZE), flags)
-            except OSError as error:
-                if error.errno in DEAD_ERRNOS:  # TCP reports it once, and then an orderly end
-                    self._dead = error
-                raise
-            self._eof = not data
-            self._buffer += data
-        self._message = self._open()
-        return self._message
+            self._pull(missing if self._exact else max(missing, _READ_SIZE), flags)
+        return self._open()
+
+    def _pull(self, size: int, flags: int) -> None:
+        """Read from TCP into the buffer."""
+        came: list[bytes] = []
+        try:
+            came += map(self._sock.recv, (size,), (flags,))  # one step: see interruption
+        except OSError as error:
+            if error.errno in DEAD_ERRNOS:  # TCP reports it once, and then an orderly end
+                self._dead = error
+            raise
+        finally:
+            if came:
+                self._eof = not came[0]
+                self._buffer += came[0]
+
+    def _at_next(self) -> RecordProtection:
+        """Return the key, at the record that is next."""
+        self._protection.sequence_number = self._number
+        return self._protection
 
     def _missing(self) -> int:
         """How many bytes are known to be missing until a whole record is here."""
@@ -274,13 +309,16 @@ class UserspaceReceiver:
         return max(0, HEADER_LENGTH + length - have)
 
     def _open(self) -> InboundPlainMessage:
+        """Open the record that is next and make it ``_message``."""
+        protection = self._at_next()
         header = bytes(self._buffer[:HEADER_LENGTH])
         end = HEADER_LENGTH + int.from_bytes(header[3:], "big")
         try:
             with memoryview(self._buffer) as view, view[HEADER_LENGTH:end] as body:
-                message = self._protection.open(header, body)
+                message = protection.open(header, body)
         except KTLSError as error:
             self._dead = error
             raise
+        self._message, self._number = message, protection.sequence_number
         del self._buffer[:end]
         return message
