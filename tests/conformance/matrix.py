@@ -65,14 +65,14 @@ SUITES: Final[Mapping[Version, tuple[str, ...]]] = {
 #: What the engine goes on with: we have no record layer for it.
 ENGINE_SUITE: Final = "AES-128-CBC"
 
-#: Kernel, version: its layers, the first ones by default, the others only in the long form.
+#: Kernel, version: its layers, first those of the short form, of which the first is the default, then those of the long form only.
 _LAYERS: Final[Mapping[tuple[str, Version], tuple[tuple[Layer, ...], tuple[Layer, ...]]]] = {
     ("none", "1.3"): (("userspace",), ()),
     ("none", "1.2"): (("userspace", "engine"), ()),
     ("rekey", "1.3"): (("kernel",), ("userspace",)),
-    ("rekey", "1.2"): (("kernel",), ("userspace",)),
-    ("norekey", "1.3"): (("kernel", "mixed"), ("userspace",)),
-    ("norekey", "1.2"): (("kernel",), ("userspace",)),
+    ("rekey", "1.2"): (("kernel",), ("userspace", "engine")),
+    ("norekey", "1.3"): (("mixed", "kernel"), ("userspace",)),
+    ("norekey", "1.2"): (("kernel",), ("userspace", "engine")),
 }
 
 
@@ -166,7 +166,7 @@ def cells(row: Row) -> Iterator[Cell]:
     """Cells of ``row`` that are to be run here."""
     for version in row.versions:
         here = layers(version)
-        for layer in here if LONG or not row.many else here[-1:]:
+        for layer in here if LONG or not row.many else here[:1]:
             if layer in row.not_applicable or (layer == "engine" and not row.engine):
                 continue
             for role in _roles(row, version):

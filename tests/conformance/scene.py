@@ -26,6 +26,11 @@ NO_REKEY: Final = (
     'This kernel can\'t change a receiving key, and the user demanded `offload="kernel"`:'
     " reading ends with `KeyLimitError`."
 )
+NO_TX_REKEY: Final = (
+    "This kernel can't change a sending key, so the answer that must precede our next data can't be given: we send `close_notify` in its place,"
+    " sending raises `KeyLimitError`, and reading goes on."
+)
+NO_OWN_UPDATE: Final = "This kernel can't change a sending key: `refresh_traffic_keys` raises `LocalProtocolError`, and the connection goes on."
 #: Where the directions are: sending, receiving.
 _DIRECTIONS: Final = {
     "kernel": ("kernel", "kernel"),
@@ -92,23 +97,14 @@ class CellCounters(KernelCounters):
 
 
 @dataclass
-class Scene:
-    """A connection of ``cell``. It was used already: a server may have sent tickets, which ``peer`` passes over."""
+class OurEnd:
+    """Our end of a connection of ``cell``, whoever is at the other."""
 
     cell: Cell
     tls: ktls.KTLSSocket
-    peer: ScriptedPeer
     peers: Peers
     #: Say why this layer does something else than the row says. The test asserts what it does.
     differs: Callable[[str], None]
-
-    @classmethod
-    def open(cls, cell: Cell, peers: Peers, differs: Callable[[str], None]) -> Scene:
-        """Shake hands with a scripted peer. ``TruncatedError`` is raised, not hidden, at an end without close_notify."""
-        meeting = meet(peers, cell.role, cell.tls_version, cell.suite)
-        return cls(cell, meeting.tls, meeting.peer, peers, differs)
-
-    # --- what can be done here -------------------------------------------------------------------------------------
 
     @property
     def rx_in_kernel(self) -> bool:
@@ -128,6 +124,43 @@ class Scene:
         """The peer will send a record that the kernel can't open: its counter of those may grow."""
         self.peers.counters.may_fail_to_decrypt = True
 
+    def generations(self) -> tuple[int, int]:
+        """Generations of the keys in use: sending, receiving."""
+        usage = self.tls.key_usage
+        return usage.tx.generation, usage.rx.generation
+
+    def cannot_follow(self) -> None:
+        """The peer changed its key, and this kernel can't: reading ends with an error that says so."""
+        self.differs(NO_REKEY)
+        self.may_fail_to_decrypt()
+        for _ in range(2):
+            with pytest.raises(KeyLimitError):
+                self.tls.recv(100)
+
+    def may_update(self) -> bool:
+        """Whether we can change our key at all; if not, asking for it changes nothing."""
+        if self.can_change_tx:
+            return True
+        self.differs(NO_OWN_UPDATE)
+        for request_peer in (False, True):
+            with pytest.raises(LocalProtocolError):
+                self.tls.refresh_traffic_keys(request_peer)
+        assert self.generations() == (0, 0)
+        return False
+
+
+@dataclass
+class Scene(OurEnd):
+    """A connection of ``cell`` with a scripted peer. A server may have sent tickets, which ``peer`` passes over."""
+
+    peer: ScriptedPeer
+
+    @classmethod
+    def open(cls, cell: Cell, peers: Peers, differs: Callable[[str], None]) -> Scene:
+        """Shake hands with a scripted peer. ``TruncatedError`` is raised, not hidden, at an end without close_notify."""
+        meeting = meet(peers, cell.role, cell.tls_version, cell.suite)
+        return cls(cell, meeting.tls, peers, differs, meeting.peer)
+
     # --- what most behaviours check ----------------------------------------------------------------------------
 
     def both_ways(self, text: bytes = b"still here") -> None:
@@ -140,11 +173,6 @@ class Scene:
     def reads(self, text: bytes) -> None:
         """``text`` is what comes next, and was sent already."""
         assert read_exactly(self.tls, len(text)) == text
-
-    def generations(self) -> tuple[int, int]:
-        """Generations of the keys in use: sending, receiving."""
-        usage = self.tls.key_usage
-        return usage.tx.generation, usage.rx.generation
 
     def refused(
         self,
@@ -200,14 +228,6 @@ class Scene:
             self.tls.refresh_traffic_keys()
         self.tls.close()
         self.peer.expect_fin()
-
-    def cannot_follow(self) -> None:
-        """The peer changed its key, and this kernel can't: reading ends with an error that says so."""
-        self.differs(NO_REKEY)
-        self.may_fail_to_decrypt()
-        for _ in range(2):
-            with pytest.raises(KeyLimitError):
-                self.tls.recv(100)
 
     def closes(self) -> None:
         """We close in order: close_notify, then FIN."""

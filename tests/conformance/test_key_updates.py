@@ -7,25 +7,18 @@ from typing import Any, Final
 
 import pytest
 
-from ktls import KeyLimitError, LocalProtocolError, TruncatedError
+from ktls import KeyLimitError, TruncatedError
 from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType
 from ktls.protocol.limits import FloodBudget
 from ktls.protocol.suites import MAX_FRAGMENT
 
 from ..peers.scripted import TICKET, UPDATE, UPDATE_REQUESTED, handshake_message
 from .matrix import Mark, Row, behaviour, behaviours
-from .scene import Scene
+from .scene import NO_TX_REKEY, Scene
 
 _GROUP: Final = "KeyUpdate, from the peer"
-_OURS: Final = "KeyUpdate, ours"
 _FOLLOW: Final = "follows; data goes both ways"
 _DATA: Final = ContentType.APPLICATION_DATA
-
-NO_TX_REKEY: Final = (
-    "This kernel can't change a sending key, so the answer that must precede our next data can't be given: we send `close_notify` in its place,"
-    " sending raises `KeyLimitError`, and reading goes on."
-)
-NO_OWN_UPDATE: Final = "This kernel can't change a sending key: `refresh_traffic_keys` raises `LocalProtocolError`, and the connection goes on."
 
 
 def _follows(scene: Scene, rx: int, tx: int = 0) -> None:
@@ -376,98 +369,3 @@ def test_new_key_without_update(scene: Scene) -> None:
 def test_update_in_tls12(scene: Scene) -> None:
     scene.peer.send_handshake(*scene.cell.row.case)
     scene.refused(_UNEXPECTED)
-
-
-# --- our updates ---------------------------------------------------------------------------------------------------
-
-
-def _may_update(scene: Scene) -> bool:
-    """Whether we can change our key at all; if not, asking for it changes nothing."""
-    if scene.can_change_tx:
-        return True
-    scene.differs(NO_OWN_UPDATE)
-    for request_peer in (False, True):
-        with pytest.raises(LocalProtocolError):
-            scene.tls.refresh_traffic_keys(request_peer)
-    scene.both_ways()
-    assert scene.generations() == (0, 0)
-    return False
-
-
-def _ours(name: str, expected: str) -> Mark:
-    return behaviour(_OURS, name, expected, versions=("1.3",))
-
-
-@_ours("reads only", "updates three times; data goes both ways")
-def test_we_update(scene: Scene) -> None:
-    if not _may_update(scene):
-        return
-    for number in range(1, 4):
-        scene.tls.refresh_traffic_keys()
-        scene.peer.expect_update(UPDATE)
-        scene.both_ways()
-        assert scene.generations() == (number, 0)
-
-
-@_ours("answers when asked for its key", "asks once at a time; follows")
-def test_we_ask(scene: Scene) -> None:
-    if not _may_update(scene):
-        return
-    for number in (1, 2):
-        scene.tls.refresh_traffic_keys(request_peer=True)
-        scene.peer.expect_update(UPDATE_REQUESTED)
-        # One request may be outstanding (RFC 9846 §4.7.3): the next is our own update only.
-        scene.tls.refresh_traffic_keys(request_peer=True)
-        scene.peer.expect_update(UPDATE)
-        scene.peer.send_update()
-        scene.both_ways()
-        assert scene.generations() == (2 * number, number)
-
-
-@_ours("never answers when asked for its key", "goes on, and does not ask again")
-def test_no_answer(scene: Scene) -> None:
-    if not _may_update(scene):
-        return
-    scene.tls.refresh_traffic_keys(request_peer=True)
-    scene.peer.expect_update(UPDATE_REQUESTED)
-    for _ in range(3):
-        scene.tls.refresh_traffic_keys(request_peer=True)
-        scene.peer.expect_update(UPDATE)
-        scene.both_ways()
-    assert scene.generations() == (4, 0)
-
-
-@_ours("updates at the same time, nobody asks", _FOLLOW)
-def test_updates_cross(scene: Scene) -> None:
-    if not _may_update(scene):
-        return
-    scene.peer.send_update()
-    scene.tls.refresh_traffic_keys()
-    scene.peer.expect_update(UPDATE)
-    scene.both_ways()
-    assert scene.generations() == (1, 1)
-
-
-@_ours("asks for our key while we ask for its key", "answers, and takes the answer")
-def test_requests_cross(scene: Scene) -> None:
-    if not _may_update(scene):
-        return
-    scene.peer.send_update(UPDATE_REQUESTED)
-    scene.tls.refresh_traffic_keys(request_peer=True)
-    scene.peer.send_data(b"x")
-    scene.reads(b"x")
-    scene.peer.expect_update(UPDATE_REQUESTED)
-    scene.peer.expect_update(UPDATE)
-    scene.peer.send_update()
-    scene.both_ways()
-    assert scene.generations() == (2, 2)
-
-
-@behaviour(
-    _OURS, "speaks TLS 1.2", "can't update: `LocalProtocolError`; goes on", versions=("1.2",)
-)
-def test_we_update_in_tls12(scene: Scene) -> None:
-    for _ in range(2):
-        with pytest.raises(LocalProtocolError):
-            scene.tls.refresh_traffic_keys()
-        scene.both_ways()

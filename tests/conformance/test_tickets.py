@@ -256,7 +256,7 @@ def _resumptions(*rows: tuple[str, tuple[_Sends, ...]]) -> Mark:
 def test_resumes(cell: Cell, cell_peers: Peers, differs: Callable[[str], None]) -> None:
     server = serve(cell, cell_peers)
     assert not server.tls.session_reused
-    scene = Scene(cell, server.tls, server.peer, cell_peers, differs)
+    scene = Scene(cell, server.tls, cell_peers, differs, server.peer)
     for step in cell.row.case:
         step(server)
     if not scene.can_change_rx and any(step in (_update, _joined_with_update) for step in cell.row.case):  # fmt: skip
@@ -271,4 +271,4 @@ def test_resumes(cell: Cell, cell_peers: Peers, differs: Callable[[str], None]) 
     again = serve(cell, cell_peers, session)
     assert again.tls.session_reused
     assert again.tls.getpeercert()
-    Scene(cell, again.tls, again.peer, cell_peers, differs).both_ways()
+    Scene(cell, again.tls, cell_peers, differs, again.peer).both_ways()
