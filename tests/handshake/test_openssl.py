@@ -566,7 +566,7 @@ def test_a_key_log_that_can_not_be_read(pki: Pki, monkeypatch: pytest.MonkeyPatc
 
     client, peer = ours_client(pki.client()), their_server(pki.server())
     client.step()
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     run(client, peer)
     check_engine_goes_on(client, peer, "can't be read: Input/output error")
 

@@ -13,7 +13,7 @@ back what was appended. Everything else here is about what can go wrong with tha
   in flight have the same one, or a label comes twice with two values, nobody gets any secret. Otherwise the attacker's
   secrets might be taken for the victim's.
 * Secrets must not stay in the file. What was read is overwritten at once, and its pages are given back now and then; the offset only ever
-  grows, so the writers (``O_APPEND``) are never in the way.
+  grows, so the writers (``O_APPEND``) are never in the way. An engine that is kept for tickets logs on, with every KeyUpdate that it is fed: that is swept up at once.
 * The user's own key log goes on working: the lines are copied there.
 * fork: the child would write into the parent's file, and a fork taken while another thread is inside the ``ssl`` module's key log lock leaves the
   child with a lock that nobody will open. So forks wait for every ``do_handshake`` of ours (``gate``), and the child's taps get files of their own. Handshakes in flight have no secrets in the child.
@@ -24,10 +24,13 @@ Where it can't work (no /proc, foreign ``keylog_filename``), ``unavailable`` say
 
 from __future__ import annotations
 
+import binascii
+import contextlib
 import inspect
 import logging
 import mmap
 import os
+import re
 import ssl
 import threading
 import weakref
@@ -50,7 +53,10 @@ _KEPT_LABELS: Final = frozenset(
 _FD_PATH = "/proc/self/fd/{}"
 #: Linux 6.3: says that the file is not to be executed; systems with vm.memfd_noexec=2 insist on it.
 _MFD_NOEXEC_SEAL: Final = 8
-_CHUNK: Final = 65536
+#: Comments; and what OpenSSL says of KeyUpdates, without a number, and of an engine that is kept for tickets: on the wire they are others, which ``log`` is told of.
+_NOT_FOR_USERS: Final = re.compile(rb"#|$|(CLIENT|SERVER)_TRAFFIC_SECRET_N ")
+#: label, client_random, secret
+_LINE: Final = re.compile(rb"([A-Z0-9_]+) ([0-9A-Fa-f]+) ([0-9A-Fa-f]+)\n")
 #: Give pages back when this many bytes have been read: rarely, because it takes a mapping each time.
 _PUNCH_AT: Final = 65536
 #: Handshakes in flight on one context, at most; beyond it the oldest go without secrets.
@@ -119,22 +125,20 @@ class _MemoryFile:
         except OSError:
             return False
 
-    def read_lines(self) -> list[bytes]:
-        """Return the whole lines appended since last time, and erase them from the file."""
-        chunks = []
-        position = self._offset
-        while chunk := os.pread(self._fd, _CHUNK, position):
-            chunks.append(chunk)
-            position += len(chunk)
-        data, newline, _ = b"".join(chunks).rpartition(b"\n")
-        if not newline:
-            return []
-        # Ours is not an O_APPEND descriptor, and nobody else ever writes below the end of the file.
-        os.pwrite(self._fd, bytes(len(data) + 1), self._offset)
-        self._offset += len(data) + 1
-        if self._offset - self._punched >= _PUNCH_AT:
-            self._punch()
-        return data.split(b"\n")
+    def take(self) -> bytearray:
+        """Return what was appended since last time up to the last whole line, and erase it from the file. The caller erases what it is given."""
+        data = bytearray(max(0, os.fstat(self._fd).st_size - self._offset))
+        count = os.preadv(self._fd, (data,), self._offset) if data else 0
+        end = data.rfind(b"\n", 0, count) + 1
+        data[end:] = bytes(len(data) - end)  # before it is cut off: what is freed is not erased
+        del data[end:]
+        if end:
+            # Ours is not an O_APPEND descriptor, and nobody else ever writes below the end of the file.
+            os.pwrite(self._fd, bytes(end), self._offset)
+            self._offset += end
+            if self._offset - self._punched >= _PUNCH_AT:
+                self._punch()
+        return data
 
     def _punch(self) -> None:
         start = self._punched
@@ -242,6 +246,12 @@ class KeyLogTap:
             raise SecretsUnavailableError(reason)
         return secrets
 
+    def sweep(self) -> None:
+        """Erase what an engine has logged since: the secrets of KeyUpdates that it was fed. Never raises."""
+        with contextlib.suppress(OSError), self._lock:
+            if self.unavailable is None:
+                self._drain()
+
     def forget(self, expected: Expected) -> None:
         """Give up on a handshake. Never waits and never raises, so it may be called by a finaliser."""
         self._forgotten.append(expected)
@@ -269,22 +279,33 @@ class KeyLogTap:
         """Read what is new: keep what is expected, pass all of it on to the user's key log, erase it."""
         if self._file is None:
             return
-        lines = self._file.read_lines()
-        for line in lines:
-            label, _, rest = line.partition(b" ")
+        data = self._file.take()
+        try:
+            with memoryview(data) as view:
+                self._keep_expected(view)
+            if self._user_keylog is not None:
+                lines = bytes(data).split(b"\n")
+                self._append_to_user_keylog(
+                    [line for line in lines if _NOT_FOR_USERS.match(line) is None]
+                )
+        finally:
+            data[:] = bytes(len(data))
+
+    def _keep_expected(self, view: memoryview) -> None:
+        """Look for the secrets of handshakes in flight. No other is copied: what is freed is not erased."""
+        for found in _LINE.finditer(view):
+            label = found[1]
             if label not in _KEPT_LABELS:
                 continue
             try:
-                client_random, secret = (bytes.fromhex(part.decode()) for part in rest.split(b" "))
+                entry = self._expected.get(_unhex(view, found.span(2)))
+                if entry is None or entry.lost is not None:
+                    continue
+                secret = _unhex(view, found.span(3))
             except ValueError:
-                continue
-            entry = self._expected.get(client_random)
-            if entry is None or entry.lost is not None:
                 continue
             if entry.secrets.setdefault(label, secret) != secret:
                 entry.lose("another handshake had the same client random")
-        if self._user_keylog is not None:
-            self._append_to_user_keylog([line for line in lines if line[:1] != b"#"])
 
     # --- the user's own key log --------------------------------------------------------------------------------
 
@@ -366,6 +387,11 @@ class KeyLogTap:
 
 _taps: Final[weakref.WeakKeyDictionary[ssl.SSLContext, KeyLogTap]] = weakref.WeakKeyDictionary()
 _taps_lock = threading.RLock()  # re-entered by finalisers, perhaps
+
+
+def _unhex(view: memoryview, span: tuple[int, int]) -> bytes:
+    with view[slice(*span)] as digits:
+        return binascii.unhexlify(digits)
 
 
 def _open_keylog(path: str) -> int:

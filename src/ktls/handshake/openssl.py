@@ -294,6 +294,7 @@ class OpenSSLHandshake:
                 engine.outgoing,
                 rx_secret=secrets.rx_secret,
                 tx_secret=secrets.tx_secret,
+                sweep=self._tap.sweep,
             )
         discard_engine(engine.sslobject)
         return None

@@ -50,6 +50,7 @@ class TicketRelay:
     """The engine of a client after the hand-off, as a maker of sessions. Thread-safe: ``session`` may be asked while a ticket is fed.
 
     ``rx_secret`` and ``tx_secret`` are the traffic secrets, generation 0, of the receiving and the sending direction; None for TLS 1.2.
+    ``sweep`` is called whenever the engine has written secrets to its key log.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class TicketRelay:
         "_rx_secret",
         "_session",
         "_sslobject",
+        "_sweep",
         "_tx_secret",
         "tickets",
     )
@@ -74,6 +76,7 @@ class TicketRelay:
         *,
         rx_secret: TrafficSecret | None = None,
         tx_secret: TrafficSecret | None = None,
+        sweep: Callable[[], None] | None = None,
     ) -> None:
         self._lock = threading.RLock()
         self._sslobject: ssl.SSLObject | None = sslobject
@@ -81,6 +84,7 @@ class TicketRelay:
         self._outgoing = outgoing
         self._rx_secret = rx_secret
         self._tx_secret = tx_secret
+        self._sweep = sweep
         self._rx = None if rx_secret is None else _protection(rx_secret)
         self._session: ssl.SSLSession | None = None
         self._fresh = False
@@ -167,6 +171,8 @@ class TicketRelay:
             self._rx_secret = self._rx_secret.next()
             self._tx_secret = self._tx_secret.next()
             self._rx = _protection(self._rx_secret)
+            if self._sweep is not None:
+                self._sweep()
 
     def close(self) -> None:
         """Let the engine go. ``session`` stays what it was, if it was asked before."""
