@@ -8,11 +8,13 @@ from __future__ import annotations
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
 import pytest
 
+import ktls
 from ktls import LocalProtocolError, TruncatedError
 from ktls.protocol.enums import AlertDescription
 
@@ -35,10 +37,14 @@ __all__ = (
     "Truncated",
     "play",
     "rows",
+    "sends",
+    "short_timeout",
 )
 
 #: How often the same question has to get the same answer.
 _AGAIN: Final = 3
+#: Seconds after which it is plain that nothing comes: everything that was sent is here already.
+_SOON: Final = 0.02
 
 
 class Outcome(ABC):
@@ -166,6 +172,17 @@ class Reset(Outcome):
             with pytest.raises(ConnectionError):
                 scene.tls.send(b"no")
         scene.tls.close()
+
+
+@contextmanager
+def short_timeout(tls: ktls.KTLSSocket) -> Iterator[None]:
+    """Let waiting end soon, for tests in which nothing comes."""
+    patience = tls.gettimeout()
+    tls.settimeout(_SOON)
+    try:
+        yield
+    finally:
+        tls.settimeout(patience)
 
 
 def sends(scene: Scene, text: bytes = b"one more") -> None:
