@@ -26,7 +26,7 @@ class LateReader(threading.Thread):
         super().__init__()
         self.received = b""
         self.may_speak = threading.Event()
-        self._context = context
+        self._tls = context
         self._listener = socket.socket()
         # Before it listens: connections inherit it.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -40,7 +40,7 @@ class LateReader(threading.Thread):
         sock.settimeout(PATIENCE)
         with (
             sock,
-            self._context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls,
+            self._tls.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls,
         ):
             assert self.may_speak.wait(PATIENCE)
             tls.sendall(b"are you still there?")
