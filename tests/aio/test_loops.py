@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -425,9 +426,13 @@ def test_tls_inside_of_tls_for_those_who_give_up(net: Net) -> None:
 
 @pytest.fixture
 def policy() -> Iterator[None]:
-    before = asyncio.get_event_loop_policy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.14 on
+        before = asyncio.get_event_loop_policy()
     yield
-    asyncio.set_event_loop_policy(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        asyncio.set_event_loop_policy(before)
 
 
 @pytest.mark.parametrize("factory", [ktls.aio.new_event_loop, ktls.aio.new_uvloop_event_loop])
