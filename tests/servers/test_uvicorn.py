@@ -19,7 +19,7 @@ PATHSEND = "ktls.asgi:PathSendProtocol"
 #: After an orderly stop, a uvicorn of one process raises the signal again, for whoever looks at its status.
 ENDS = -signal.SIGTERM
 #: A uvicorn with workers leaves its listening socket to the end of the process, whatever the loop.
-LEFT_OPEN = r"sys:1: ResourceWarning: unclosed <socket.socket fd=\d+, family=2, type=1, proto=0, laddr=\('127.0.0.1', \d+\)>\nResourceWarning"
+LEFT_OPEN = r"(sys:1|<sys>:0): ResourceWarning: unclosed <socket.socket fd=\d+, family=2, type=1, proto=0, laddr=\('127.0.0.1', \d+\)>\nResourceWarning"
 #: What uvicorn's worker does with gunicorn's settings.
 DEPRECATED = r"DeprecationWarning: ssl.PROTOCOL_TLS is deprecated"
 

@@ -351,7 +351,7 @@ def test_arguments_are_checked_as_by_ssl(net: Net, authority: Authority) -> None
         pytest.raises(NotImplementedError, match="only stream sockets are supported"),
     ):
         plain.wrap_socket(datagram, server_hostname=HOST)
-    with pytest.raises(ValueError, match=r"label empty or too long|cannot be an empty string"):
+    with pytest.raises(ValueError, match=r"label empty|cannot be an empty string"):
         plain.wrap_socket(client, server_hostname=".example.org")
     assert client.fileno() == -1
 

@@ -355,7 +355,10 @@ def test_recvfile_when_the_disk_is_full(
         assert caught.value.errno == errno.EFBIG
     sending.result()
     file.close()
-    assert (tmp_path / "received").read_bytes() == CONTENT[:50_000]
+    # A large buffer, as Python 3.15's, keeps what it could not write, and writes it when the file is closed.
+    received_until_full = (tmp_path / "received").read_bytes()
+    assert len(received_until_full) >= 50_000
+    assert CONTENT.startswith(received_until_full)
     # What was lost is lost; but the next file does not get what was meant for this one.
     link.theirs.sendall(b"next")
     received = io.BytesIO()
