@@ -15,6 +15,7 @@ import collections
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -44,6 +45,8 @@ class Judge:
         self.layers: tuple[Layer, ...] = LAYERS if kind in ("rekey", "norekey") else ("userspace",)
         self._key_updates = kind != "norekey"
         self.executions = 0
+        #: What each layer made of the last input.
+        self.account = ""
         #: How often each known difference was met, "" for none.
         self.known: collections.Counter[str] = collections.Counter()
         self.ends: collections.Counter[str] = collections.Counter()
@@ -58,7 +61,11 @@ class Judge:
         try:
             seen = {layer: observe(scenario, layer) for layer in self.layers}
         except Exception as error:
+            self.account = f"{scenario}\n{traceback.format_exc()}"
             return [f"{type(error).__name__}: {error}"]
+        self.account = "\n".join(
+            [str(scenario), *(f"{layer}: {observation}" for layer, observation in seen.items())]
+        )
         self.executions += len(seen)
         return [*self._judge(scenario, seen)]
 
@@ -90,17 +97,6 @@ class Judge:
             if plainer != data and self.findings(plainer):
                 data = plainer
         return data.rstrip(b"\0")
-
-    def explain(self, data: bytes) -> str:
-        """Say what each layer makes of an input."""
-        scenario = self.scenario(data)
-        lines = [str(scenario)]
-        for layer in self.layers:
-            try:
-                lines.append(f"{layer}: {observe(scenario, layer)}")
-            except Exception as error:
-                lines.append(f"{layer}: {type(error).__name__}: {error}")
-        return "\n".join(lines)
 
 
 def inputs(seed: int) -> Iterator[bytes]:
@@ -135,11 +131,13 @@ def fuzz(seconds: float, seed: int) -> int:
             print(f"{elapsed:6.0f} s  {count} scenarios, {judge.executions} runs", flush=True)
         if wrong := judge.findings(data):
             found += 1
+            print(f"FOUND {wrong}\n{data.hex()}\n{judge.account}")
             shortest = judge.minimise(data)
+            again = judge.findings(shortest) or "nothing this time"
             print(
-                f"FOUND {wrong}; the shortest input found:\n{shortest.hex()} {judge.findings(shortest)}"
+                f"The shortest input found: {again}\n{shortest.hex()}\n{judge.account}\n",
+                flush=True,
             )
-            print(f"{judge.explain(shortest)}\nfirst met with {data.hex()}\n", flush=True)
     elapsed = time.monotonic() - start
     print(f"ends: {dict(judge.ends.most_common())}")
     print(
@@ -163,8 +161,8 @@ def main() -> int:
     if arguments.reproduce is None:
         return fuzz(arguments.seconds, arguments.seed)
     judge, data = Judge(), bytes.fromhex(arguments.reproduce)
-    print(judge.explain(data))
     findings = judge.findings(data)
+    print(judge.account)
     print("\n".join(findings) or "OK: this input does not fail")
     return 1 if findings else 0
 

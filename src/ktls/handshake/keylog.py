@@ -56,7 +56,7 @@ _MFD_NOEXEC_SEAL: Final = 8
 #: Comments; and what OpenSSL says of KeyUpdates, without a number, and of an engine that is kept for tickets: on the wire they are others, which ``log`` is told of.
 _NOT_FOR_USERS: Final = re.compile(rb"#|$|(CLIENT|SERVER)_TRAFFIC_SECRET_N ")
 #: label, client_random, secret
-_LINE: Final = re.compile(rb"([A-Z0-9_]+) ([0-9A-Fa-f]+) ([0-9A-Fa-f]+)\n")
+_LINE: Final = re.compile(rb"^([A-Z0-9_]+) ([0-9A-Fa-f]+) ([0-9A-Fa-f]+)\n", re.MULTILINE)
 #: Give pages back when this many bytes have been read: rarely, because it takes a mapping each time.
 _PUNCH_AT: Final = 65536
 #: Handshakes in flight on one context, at most; beyond it the oldest go without secrets.
