@@ -27,6 +27,7 @@ the ULP to a socket in use (``attach`` belongs right after connect or accept).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -295,6 +296,8 @@ class KernelReceiver:
         try:
             data, control, _, _ = self._sock.recvmsg(MAX_FRAGMENT, _CONTROL_SPACE, flags)
         except OSError as error:
+            if error.errno == errno.EIO:  # with room for the type it can't mean that
+                raise
             raise self.translate(error) from None
         if not control:
             return None if not data else InboundPlainMessage(ContentType.APPLICATION_DATA, data)
@@ -313,11 +316,18 @@ class KernelReceiver:
         """
         if self._halted:
             self._go_on()
+        return self._peek(in_doubt=False)
+
+    def _peek(self, *, in_doubt: bool) -> bool:
+        """As ``record_waits``; ``in_doubt`` is the answer where the kernel gives none (no memory)."""
         try:
             data = self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError as error:
             # Also this may be the one and only report of an error.
-            return isinstance(self.translate(error), ControlRecord) or self._dead is not None
+            found = isinstance(self.translate(error), ControlRecord) or self._dead is not None
+            return found or in_doubt
         return not data and not self._at_eof()
 
     def splice(self, pipe: int, count: int) -> int:
@@ -333,10 +343,12 @@ class KernelReceiver:
             try:
                 moved = os.splice(self._sock.fileno(), pipe, count, flags=flags)
             except OSError as error:
+                if error.errno == errno.EIO:  # of control records ``splice`` says EINVAL
+                    raise
                 if error.errno != errno.EINVAL:
                     raise self.translate(error) from None
                 # A control record is next, or this was the one and only report of a framing error.
-                if self.record_waits():
+                if self._peek(in_doubt=True):  # then ``read_record`` will say
                     raise ControlRecord from None
                 raise self.translate(error) from None
             # 0 is the end of the stream, or a record without data.
@@ -371,7 +383,6 @@ class KernelReceiver:
         """Raise if dead. Else go on with the old key: the kernel has stopped for what was not (yet) a whole KeyUpdate."""
         if self._dead is not None:
             raise self._dead.with_traceback(None)
-        self._halted = False
         size = CRYPTO_INFO[self._suite.aead].size
         current = self._sock.getsockopt(SOL_TLS, TLS_RX, size)
         try:
@@ -379,14 +390,18 @@ class KernelReceiver:
         except OSError as error:
             if error.errno != errno.EBUSY:  # EBUSY: no rekey, so it had not stopped either
                 raise
+        # Not sooner: after an error it still stands.
+        self._halted = False
 
     def translate(self, error: OSError) -> Exception:
         """Turn the errno of a read into what the contract says, and remember it if it is fatal."""
         if error.errno == errno.EIO:
             return ControlRecord()
         if error.errno in _READ_ERRORS:
-            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it
             self._dead = RemoteProtocolError(*_READ_ERRORS[error.errno])
+            # The error may be told only once: another one must not hide it.
+            with contextlib.suppress(OSError):
+                self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it
         elif error.errno in DEAD_ERRNOS:
             self._dead = error
         else:

@@ -289,19 +289,23 @@ class ReceivingHalf:
         self._meter.used(count, count)
         self._connection.received_data(count)
         if self._meter.due():
-            number, now = self._receiver.sequence_number(), self._clock()
-            octets = self._meter.octets
-            with self._state_lock:
-                self._sending.follow(
-                    lambda: self._connection.record_usage(
-                        Direction.RX, number, octets=octets, now=now
-                    )
-                )
-            self._meter.looked(number, self._connection.record_limit(Direction.RX))
+            self._look_at_rx()
         if self._sending.owes:
             self._sending.run_owed()
         if self._sock is not None:
             self.grant = self._granted = self._meter.spare()
+
+    def _look_at_rx(self) -> None:
+        try:
+            number = self._receiver.sequence_number()
+        except OSError:
+            return  # what was received belongs to the caller, whatever the kernel says; the next read looks again
+        octets, now = self._meter.octets, self._clock()
+        with self._state_lock:
+            self._sending.follow(
+                lambda: self._connection.record_usage(Direction.RX, number, octets=octets, now=now)
+            )
+        self._meter.looked(number, self._connection.record_limit(Direction.RX))
 
     def _read_record(self, flags: int) -> None:
         """Read one record by the slow path and run what follows from it. Under the rx lock."""
@@ -351,6 +355,11 @@ class ReceivingHalf:
                 return self._sending.follow(
                     lambda: self._connection.process_message(message, now=now)
                 )
+            except LocalProtocolError as error:
+                # The connection has failed before: whoever found that knows why.
+                self._end = self._sending.failure or error
+                self._special = True
+                raise self._end.with_traceback(None) from None
             except KTLSError as error:
                 self._fail(error, may_alert)
                 raise
