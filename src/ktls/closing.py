@@ -11,18 +11,25 @@ accepted everything.) A non-blocking socket tries without waiting, and if anythi
 
 TCP has a trap of its own: ``close`` with unread data in the receive buffer sends RST, and RST destroys what is still on its way. So what has
 come in is read and dropped first. What comes later can still do that; whoever must know that the peer got everything has to read until its close_notify (``unwrap``).
+
+Another thread that waits in a call of the same connection is woken by ``close`` (``shutdown`` does that), and gets an ``OSError``.
+
+A fork copies the connection's state, but there is only one connection: two processes that both send, or close, ruin it. So it belongs to the process that shook hands;
+in any other, ``close`` lets the descriptor go and says nothing to the peer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import select
 import socket
 import ssl
 import struct
 import threading
 import time
-from typing import Final
+from typing import Final, final
 
 from ktls.handshake.handoff import RecordDriver
 
@@ -43,6 +50,23 @@ _DROP_READS: Final = 64
 #: Milliseconds between two looks at what is acknowledged.
 _TICK: Final = 2
 _DROP_SIZE: Final = 64 * 1024
+
+
+@final
+class _Process:
+    """This process, as long as it is the same: every fork makes another one."""
+
+    __slots__ = ("token",)
+
+    def __init__(self) -> None:
+        self.token = object()
+
+    def forked(self) -> None:
+        self.token = object()
+
+
+_process: Final = _Process()
+os.register_at_fork(after_in_child=_process.forked)
 
 
 def finish(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
@@ -166,13 +190,18 @@ def shut_down(sock: socket.socket) -> None:
 class ClosingSocket(FileSocket):
     """A TLS socket that ends in order."""
 
-    __slots__ = ("_settings",)
+    __slots__ = ("_owner", "_settings")
 
     def __init__(
         self, sock: socket.socket, *, settings: Settings, suppress_ragged_eofs: bool
     ) -> None:
         super().__init__(sock, suppress_ragged_eofs=suppress_ragged_eofs)
         self._settings = settings
+        self._own()
+
+    def _own(self) -> None:
+        """Note that the connection is this process's."""
+        self._owner = _process.token
 
     def shutdown(self, how: int) -> None:
         """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
@@ -226,10 +255,12 @@ class ClosingSocket(FileSocket):
         inherited = False
         try:
             # After ``detach`` and ``unwrap`` the descriptor is somebody else's.
-            if driver is not None and self.fileno() >= 0:
+            if driver is not None and self.fileno() >= 0 and self._owner is _process.token:
                 inherited = self._close_tls(driver)
         finally:
             if not inherited:
+                if driver is not None and self._owner is _process.token:
+                    self._wake()
                 self._raw.detach()
             self._release()
             super()._real_close()  # type: ignore[misc]  # not in typeshed; ssl.SSLSocket overrides it too
@@ -249,6 +280,11 @@ class ClosingSocket(FileSocket):
             return False  # the peer has gone: that is what closing is for
         drop_unread(self._raw)
         return False
+
+    def _wake(self) -> None:
+        """Let no other thread wait any longer: the connection has ended."""
+        with contextlib.suppress(OSError):
+            self._raw.shutdown(socket.SHUT_RDWR)
 
     def _finish(self, driver: RecordDriver) -> None:
         timeout = self.gettimeout()

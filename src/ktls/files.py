@@ -241,6 +241,7 @@ class FileSocket(WaitingSocket):
                     break
                 total += moved
         except TruncatedError:
+            self._refuse_closed()
             if not self._suppress_ragged_eofs:
                 raise
         except BaseException:

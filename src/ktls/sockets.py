@@ -233,6 +233,7 @@ class KTLSSocket(HandoverSocket):
             on_key_change=observer.key_changed if observer is not None else None,
         )
         self._established = established = Established.of(result, reason)
+        self._own()
         self._session = None
         cache, key = self._settings.session_cache, self._cache_key()
         if cache is not None and key is not None and result.tickets is not None:
@@ -379,6 +380,7 @@ class KTLSSocket(HandoverSocket):
                     lambda: driver.recv_into(buffer, size, self._read_flags), for_read
                 )
         except TruncatedError:
+            self._refuse_closed()
             if not self._suppress_ragged_eofs:
                 raise
             return 0

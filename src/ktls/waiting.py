@@ -9,6 +9,8 @@ So every operation is tried first, and only when it would block do we poll, unti
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 import ssl
@@ -31,6 +33,10 @@ def for_read() -> bool:
 def for_write() -> bool:
     """What ``perform`` is told by an operation that waits for room to send."""
     return True
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 @final
@@ -96,13 +102,21 @@ class WaitingSocket(socket.socket):
         if driver is not None and driver.owes:
             events |= select.POLLOUT  # an owed answer need not wait for the next data
         poller = select.poll()
-        poller.register(self.fileno(), events)
+        fd = self.fileno()
+        if fd < 0:
+            raise _closed()
+        poller.register(fd, events)
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = poller.poll(None if remaining is None else remaining * 1000)
         if not ready and deadline is not None and time.monotonic() >= deadline:
             raise TimeoutError(f"The {name} operation timed out")
         if driver is not None and driver.owes:
             driver.run_owed()
+
+    def _refuse_closed(self) -> None:
+        """For a read that was ended by another thread, which closed the socket: that is no end of what the peer sends. ``OSError`` (EBADF)."""
+        if self._driver is None:
+            raise _closed()
 
     # --- what makes no sense on TLS ----------------------------------------------------------------------------
 
