@@ -347,6 +347,37 @@ def test_stream_writer_start_tls(net: Net, own: str) -> None:
     loop.run(main)
 
 
+@own
+def test_stream_writer_start_tls_after_the_client_has_begun(net: Net, own: str) -> None:
+    """Its ClientHello is in the reader by then, and in nobody's socket."""
+    loop = Loop(own)
+
+    async def main() -> None:
+        async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            buffer: bytearray = reader._buffer  # type: ignore[attr-defined]  # private: reading would take it out
+            await until(lambda: bool(buffer))
+            await writer.start_tls(net.context("ktls", "server"))
+            writer.write(b"secret " + await reader.readline())
+            writer.close()
+            await writer.wait_closed()
+            done.set_result(None)
+
+        done = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(upgrade, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        await writer.start_tls(net.context("ktls", "client"), server_hostname=HOST)
+        writer.write(b"question\n")
+        assert await reader.read() == b"secret question\n"
+        writer.close()
+        await writer.wait_closed()
+        await done
+        server.close()
+        await server.wait_closed()
+        await turns(20)
+
+    loop.run(main)
+
+
 def test_tls_inside_of_tls(net: Net, caplog: pytest.LogCaptureFixture) -> None:
     """A proxy reached by TLS, and TLS through it: the inner one is asyncio's."""
     caplog.set_level(logging.INFO, "ktls.aio")

@@ -115,12 +115,19 @@ async def shake_hands(
     terms: Terms,
     *,
     call_connection_made: bool = True,
+    early: bytes = b"",
 ) -> KTLSTransport:
     """Run a handshake on ``sock``, which is ours from here on; return the transport, or raise what ended it."""
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[KTLSTransport] = loop.create_future()
     handshake = Handshake(
-        loop, sock, protocol, terms, waiter=waiter, call_connection_made=call_connection_made
+        loop,
+        sock,
+        protocol,
+        terms,
+        waiter=waiter,
+        call_connection_made=call_connection_made,
+        early=early,
     )
     handshake.start()
     try:
@@ -330,6 +337,7 @@ async def start_tls(
     """Go on with TLS on a connection that began in plain text; as ``loop.start_tls``. Return the transport that ``protocol`` is to use from here on.
 
     What was written to ``transport`` goes out first, in plain text. ``transport`` itself is closed then, its connection goes on.
+    On a server, what waits in the ``StreamReader`` of ``protocol`` is taken for the beginning of the handshake, as by asyncio from Python 3.14 on.
     """
     if not isinstance(sslcontext, _SSLContext):
         raise TypeError(
@@ -362,7 +370,21 @@ async def start_tls(
         suppress_ragged_eofs=suppress_ragged_eofs,
     )
     sock = await take_over(transport)
-    return await shake_hands(sock, protocol, terms, call_connection_made=False)
+    early = _take_early(protocol) if server_side else b""
+    return await shake_hands(sock, protocol, terms, call_connection_made=False, early=early)
+
+
+def _take_early(protocol: asyncio.BaseProtocol) -> bytes:
+    """Take what a ``StreamReader`` has read and nobody asked for. A client's is left to it: who could say that TLS is in it."""
+    if not isinstance(protocol, asyncio.StreamReaderProtocol):
+        return b""
+    reader: Any = getattr(protocol, "_stream_reader", None)  # there is no public way
+    buffer: bytearray | None = getattr(reader, "_buffer", None)
+    if not buffer:
+        return b""
+    early = bytes(buffer)
+    buffer.clear()
+    return early
 
 
 def _check_stream(sock: socket.socket) -> None:

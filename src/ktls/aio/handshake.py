@@ -49,11 +49,12 @@ class ServerLike(Owner, Protocol):
 class Handshake:
     """One handshake. ``waiter`` gets the transport or the error; ``server`` keeps account of it, and then of the transport.
 
-    ``call_connection_made`` is False where the protocol had a connection before (``start_tls``).
+    ``call_connection_made`` is False where the protocol had a connection before (``start_tls``); ``early`` is what came of the handshake meanwhile.
     """
 
     __slots__ = (
         "_call_connection_made",
+        "_early",
         "_engine",
         "_loop",
         "_names",
@@ -79,6 +80,7 @@ class Handshake:
         waiter: asyncio.Future[KTLSTransport] | None = None,
         server: ServerLike | None = None,
         call_connection_made: bool = True,
+        early: bytes = b"",
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -90,6 +92,7 @@ class Handshake:
         if server is not None:
             server.attach(self)
         self._call_connection_made = call_connection_made
+        self._early = early
         self._pump: HandshakePump | None = None
         self._engine: HandshakeEngine | None = None
         self._unavailable: str | None = None
@@ -117,6 +120,8 @@ class Handshake:
                 session=session,
                 keep_session=terms.settings.keep_session,
             )
+            if self._early:
+                self._engine.feed(self._early)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
