@@ -19,13 +19,23 @@ from ktls.protocol.enums import (
 )
 from ktls.protocol.messages import HandshakeMessage, build_alert, build_key_update
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
-from ktls.record.aead import RecordProtection
+from ktls.record.aead import HEADER_LENGTH, RecordProtection
 from ktls.testing import made_up_keys, made_up_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ("ATTACKS", "ENDLESS", "REFUSED", "TLS12", "TLS13", "Attack", "Attacker", "ticket")
+__all__ = (
+    "ATTACKS",
+    "ENDLESS",
+    "REFUSED",
+    "TLS12",
+    "TLS13",
+    "Attack",
+    "Attacker",
+    "Ear",
+    "ticket",
+)
 
 TLS13: Final = CipherSuite.TLS_AES_128_GCM_SHA256
 TLS12: Final = CipherSuite.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256
@@ -72,6 +82,34 @@ class Attacker:
         return self.record(ContentType.ALERT, build_alert(AlertDescription.CLOSE_NOTIFY))
 
 
+class Ear:
+    """Opens what the victim sends, and follows its keys however often they change. ``name`` is that of its made-up secret."""
+
+    def __init__(self, suite: CipherSuite, name: str = "us") -> None:
+        self._suite = suite
+        is_tls13 = suite.version is ProtocolVersion.TLSv1_3
+        self._secret = made_up_secret(suite, name) if is_tls13 else None
+        self._protection = RecordProtection(suite, made_up_keys(suite, name))
+        self._buffer = bytearray()
+
+    def open(self, data: bytes) -> list[tuple[int, bytes]]:
+        """Take what has come; return the types and contents of the records that are complete with it."""
+        self._buffer += data
+        records = []
+        while len(self._buffer) >= HEADER_LENGTH:
+            end = HEADER_LENGTH + int.from_bytes(self._buffer[3:HEADER_LENGTH], "big")
+            if len(self._buffer) < end:
+                break
+            record = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            message = self._protection.open(record[:HEADER_LENGTH], record[HEADER_LENGTH:])
+            records.append((int(message.content_type), message.fragment))
+            if message.content_type == ContentType.HANDSHAKE and self._secret is not None:
+                self._secret = self._secret.next()
+                self._protection = RecordProtection(self._suite, self._secret.keys())
+        return records
+
+
 def ticket(size: int) -> bytes:
     """Return a NewSessionTicket message whose ticket has ``size`` octets."""
     body = bytes(8) + b"\x01\x00" + size.to_bytes(2, "big") + bytes(size) + bytes(2)
@@ -83,7 +121,7 @@ class Attack:
     """One flood. ``messages`` yields the records of one message at a time, for ever.
 
     ``victim`` is who has to bear it; ``cost`` the tokens of the flood budget that a message takes, ``earns`` those that it gives back. ``unseen``: a kernel that receives drops it
-    without a word.
+    without a word. ``endless_message``: it is all one handshake message, inside of which nothing else may come.
     """
 
     name: str
@@ -93,9 +131,15 @@ class Attack:
     cost: int = 1
     earns: float = 0
     unseen: bool = False
+    endless_message: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def costly(self) -> bool:
+        """Whether a message takes more memory, or makes more of it, than a record does."""
+        return "requested" in self.name or "60 kB" in self.name or self.endless_message
 
 
 def _key_updates(request: bool) -> Callable[[Attacker], Iterator[bytes]]:
@@ -157,7 +201,7 @@ REFUSED: Final = (
     Attack("user_canceled", _records(_ALERT, _CANCELED)),
     Attack("tickets", _tickets(100), victim=Role.CLIENT),
     Attack("tickets of 60 kB", _tickets(_BIG_TICKET), victim=Role.CLIENT, cost=4),
-    Attack("one-byte fragments", _fragments, victim=Role.CLIENT),
+    Attack("one-byte fragments", _fragments, victim=Role.CLIENT, endless_message=True),
     Attack("warnings, TLS 1.2", _records(_ALERT, _WARNING), TLS12),
     Attack("HelloRequest, TLS 1.2", _records(_HANDSHAKE, _HELLO_REQUEST), TLS12, Role.CLIENT),
     Attack("empty data records, TLS 1.2", _records(_DATA, b""), TLS12, unseen=True),

@@ -13,6 +13,8 @@ A level-triggered loop calls us when the socket is readable, and that is all tha
 
 Layers in this process read ahead, and what they hold is not shown by ``poll`` either: there we read until nothing is left, at once.
 
+A peer may send records without data as fast as we read them. So an event ends after some of them (``MORE``), as it does after ``MAX_READS`` of data: a flood costs the other connections time, never their turn.
+
 Plain text goes through one buffer for all connections of a loop; an idle connection owns none. ``BufferedProtocol`` gets it in its own buffer, uncopied.
 
 Reading stops (the loop is not asked any more) while the protocol has it paused, and after the end of the stream. ``resume_reading`` always looks at once: what ``poll`` hid before the pause, it hides
@@ -27,9 +29,11 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, final
 
 from ktls.protocol.errors import TruncatedError
+from ktls.record.receiving import MORE
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from ktls.handshake.handoff import RecordDriver
 
@@ -94,6 +98,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         "_driver",
         "_ended",
         "_fd",
+        "_looking",
         "_paused",
         "_plain",
         "_protocol",
@@ -125,6 +130,8 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
         self._plain = driver.rx_layer == "kernel"
         #: Whether the loop watches the socket for us.
         self._reading = False
+        #: Whether the next turn of the loop looks anyway.
+        self._looking = False
         #: Whether the protocol wants no data for now.
         self._paused = False
         #: Whether there is nothing more to read: the end of the stream, or an error.
@@ -180,7 +187,14 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             self._reading = False
             self._loop.remove_reader(self._fd)
 
+    def _look_soon(self, look: Callable[[], None]) -> None:
+        """Call ``look`` in the next turn of the loop. Once: there are the events, too, and each might ask for one more."""
+        if not self._looking:
+            self._looking = True
+            self._loop.call_soon(look)
+
     def _look_again(self) -> None:
+        self._looking = False
         if self._reading and not self._closing:
             self._on_readable()
 
@@ -200,6 +214,8 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
                 self._read_failed(error)
                 return
             if count <= 0:
+                if count == MORE:
+                    self._look_soon(self._look_again)
                 if count < 0:
                     break
                 self._end_of_stream(None)
@@ -214,7 +230,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             if count == len(buffer) and not driver.pending():
                 break
         else:
-            self._loop.call_soon(self._look_again)
+            self._look_soon(self._look_again)
         # With a grant nothing is owed: that is quicker to see.
         if not driver.sending.grant and driver.owes:
             self._wait_for_room()

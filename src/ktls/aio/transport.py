@@ -18,7 +18,7 @@ import warnings
 from asyncio import constants
 from asyncio.trsock import TransportSocket
 from fcntl import ioctl
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ktls.closing import drop_unread, shut_down
 from ktls.handshake.handoff import Offload, RecordDriver
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ("KTLSTransport", "Owner")
 
 _log = logging.getLogger("ktls.aio")
+
+#: What ``read_now`` says when there is nothing to read.
+_NOTHING: Final = -1
 
 
 class Owner(Protocol):
@@ -269,19 +272,23 @@ class KTLSTransport(WritingTransport):
             return
         try:
             for _ in range(MAX_READS):
-                if not self._driver.recv_into(self._shared.buffer):
+                count = self._driver.receiving.read_now(self._shared.buffer)
+                if count <= 0:
                     break
-            else:
-                self._loop.call_soon(self._discard)  # the others get their turn
-                return
-        except BlockingIOError:
-            return
         except OSError:
-            pass
+            count = 0
+        if count:
+            if count != _NOTHING:
+                self._look_soon(self._discard_again)  # the others get their turn
+            return
         self._ended = True
         self._stop_reading()
         if self._closer is not None:
             self._closer.go_on()
+
+    def _discard_again(self) -> None:
+        self._looking = False
+        self._discard()
 
     def end(self, error: BaseException | None) -> None:
         """End the connection now: nothing more is read or sent, and the protocol will be told ``error``."""

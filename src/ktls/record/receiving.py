@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from typing import Final, final
 
@@ -47,7 +48,12 @@ from .kernel import KernelReceiver
 from .meter import Meter
 from .sending import SendingHalf
 
-__all__ = ("ReceivingHalf",)
+__all__ = ("MORE", "ReceivingHalf")
+
+#: What ``read_now`` returns instead of going on with records that are not data: whoever has other connections lets them have their turn, then comes back.
+MORE: Final = -2
+#: As many of them are dealt with at once.
+_RECORDS_AT_ONCE: Final = 64
 
 #: Bytes received between two looks at the kernel's counter, at least: near the limit every record would be looked at.
 _RX_STEP: Final = 16 * 1024
@@ -126,7 +132,10 @@ class ReceivingHalf:
         return len(self._early) + self._receiver.pending()
 
     def read_now(self, buffer: WriteBuffer) -> int:
-        """As ``recv_into`` on a socket that never waits, but -1 if nothing is there: that is no exception for a loop that always reads until then."""
+        """As ``recv_into`` on a socket that never waits, but -1 if nothing is there: that is no exception for a loop that always reads until then.
+
+        ``MORE``: a flood of records that bring no data; call again soon, also if ``poll`` does not say so.
+        """
         if self.grant > 0 and self._sock is not None:
             try:
                 count = self._sock.recv_into(buffer)
@@ -139,7 +148,7 @@ class ReceivingHalf:
                 self.grant -= count
                 return count
         try:
-            return self.recv_into(buffer)
+            return self.recv_into(buffer, records=_RECORDS_AT_ONCE)
         except BlockingIOError:
             return -1
 
@@ -168,16 +177,20 @@ class ReceivingHalf:
             self._meter.used(taken, taken)
             self._connection.received_data(taken)
 
-    def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
+    def recv_into(
+        self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0, *, records: int = sys.maxsize
+    ) -> int:
         """Receive application data; return the count, 0 after the peer's close_notify.
 
         Raises ``BlockingIOError``, ``TruncatedError`` (TCP ended without close_notify), ``RemoteProtocolError``, ``AlertReceived``, ``KeyLimitError`` (the peer
         changed its key and this layer can't), ``OSError`` from the network. All but the first are raised by every further call too.
+
+        Returns ``MORE`` after so many ``records`` that were no data.
         """
         with self._lock:
             self._awaited = False
             self._look_first()
-            while True:
+            for _ in range(records):
                 if self._special:
                     if self._early:
                         return self._take_early(buffer, nbytes)
@@ -199,6 +212,7 @@ class ReceivingHalf:
                     self._read_record(flags)
                 else:
                     self._truncated()
+            return MORE
 
     def splice(self, pipe: int, count: int) -> int:
         """Move application data from the kernel into ``pipe``, uncopied; return the count, 0 after close_notify. Raises as ``recv_into``.
