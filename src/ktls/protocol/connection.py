@@ -76,6 +76,8 @@ KeyLog: TypeAlias = Callable[[str, bytes], None]
 _MAX_GENERATION: Final = 2**48 - 1
 #: Requests to renegotiate that get an answer; further ones are ignored, which RFC 5246 §7.4.1.1 allows, so that answers can't pile up.
 _MAX_RENEGOTIATION_ANSWERS: Final = 16
+#: Changes of our key that may wait for the record layer, while TCP has no room: another one would be no newer than the last of them.
+_MAX_WAITING: Final = 16
 
 
 @final
@@ -316,10 +318,8 @@ class KernelConnection:
         update_rx = self._advance_rx(now)
         if request is KeyUpdateRequest.UPDATE_NOT_REQUESTED or self._owed_generation is not None:
             return (update_rx,)
-        if self._tx.state is not HalfState.OPEN:
-            return (update_rx,)  # nothing more will be sent, so nothing is owed
-        if self._tx.generation >= _MAX_GENERATION:
-            return (update_rx,)  # RFC 9846 §4.7.3: the request is ignored then
+        if self._tx.state is not HalfState.OPEN or self._tx.generation >= _MAX_GENERATION:
+            return (update_rx,)  # nothing more will be sent; and RFC 9846 §4.7.3 ignores it then
         if not self.tx_key_can_change:
             # The answer must come before our next application data: there can be no such data any more.
             self._tx.state = TX_TRANSITIONS[self._tx.state, TxEvent.KEY_EXHAUSTED]
@@ -336,8 +336,7 @@ class KernelConnection:
         if self._answers_left == 0 or self._tx.state is not HalfState.OPEN:
             return ()
         self._answers_left -= 1
-        alert = build_alert(AlertDescription.NO_RENEGOTIATION)
-        return (SendMessage(ContentType.ALERT, alert),)
+        return (SendMessage(ContentType.ALERT, build_alert(AlertDescription.NO_RENEGOTIATION)),)
 
     # --- sending -----------------------------------------------------------------------------------------------
 
@@ -350,7 +349,7 @@ class KernelConnection:
     ) -> Sequence[ConnectionState]:
         """Start a new generation of our sending key and, with ``request_peer``, ask the peer for one of its own.
 
-        While an earlier request of ours is unanswered, only our own key changes (RFC 9846 §4.7.3 allows one).
+        While an earlier request of ours is unanswered, only our own key changes (RFC 9846 §4.7.3 allows one). While many changes wait to be run, nothing follows.
         Raises ``LocalProtocolError``, connection unchanged: TLS 1.2, our side closed or failed, or a record layer that can't change keys.
         """
         if self.version is not ProtocolVersion.TLSv1_3:
@@ -359,11 +358,12 @@ class KernelConnection:
             raise LocalProtocolError(f"the sending side is {self._tx.state.value}")
         if not self._may_advance_tx():
             raise LocalProtocolError("the sending key of this connection can't be changed")
-        request = KeyUpdateRequest.UPDATE_NOT_REQUESTED
         if request_peer and not self._request_outstanding:
-            request = KeyUpdateRequest.UPDATE_REQUESTED
             self._request_outstanding = True
-        return self._advance_tx(request, now, cause)
+            return self._advance_tx(KeyUpdateRequest.UPDATE_REQUESTED, now, cause)
+        if self._tx.generation - self._tx.installed >= _MAX_WAITING:
+            return ()
+        return self._advance_tx(KeyUpdateRequest.UPDATE_NOT_REQUESTED, now, cause)
 
     def tx_key_installed(self, generation: int) -> None:
         """Note that the ``UpdateTxKey`` of ``generation`` has been run: its predecessor protects nothing any more."""
