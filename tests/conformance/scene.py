@@ -32,7 +32,7 @@ NO_TX_REKEY: Final = (
 )
 NO_OWN_UPDATE: Final = "This kernel can't change a sending key: `refresh_traffic_keys` raises `LocalProtocolError`, and the connection goes on."
 #: Where the directions are: sending, receiving.
-_DIRECTIONS: Final = {
+DIRECTIONS: Final = {
     "kernel": ("kernel", "kernel"),
     "mixed": ("kernel", "userspace"),
     "userspace": ("userspace", "userspace"),
@@ -90,7 +90,7 @@ class CellCounters(KernelCounters):
     def established(self, tls: ktls.KTLSSocket, *, small_records: bool = False) -> None:
         """See ``KernelCounters``."""
         offload = tls.offload
-        assert (offload.tx, offload.rx) == _DIRECTIONS[self._cell.layer], offload
+        assert (offload.tx, offload.rx) == DIRECTIONS[self._cell.layer], offload
         assert (offload.reason is None) == (offload.tx == offload.rx == "kernel")
         self._tx += offload.tx == "kernel"
         self._rx += offload.rx == "kernel"
