@@ -96,7 +96,7 @@ class Judge:
             plainer = data[:place] + b"\0" + data[place + 1 :]
             if plainer != data and self.findings(plainer):
                 data = plainer
-        return data.rstrip(b"\0")
+        return data
 
 
 def inputs(seed: int) -> Iterator[bytes]:

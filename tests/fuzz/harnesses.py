@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import ssl
-import struct
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -40,11 +39,12 @@ from ktls.record.userspace import UserspaceReceiver
 from ktls.state import ExportedState
 from ktls.testing import is_key_update, made_up_keys
 
-from ..record.layers import SUITES
+from ..record.layers import SUITES, TLS12, TLS13
 from .protocol_inputs import decode
 from .protocol_target import execute, require
 from .scenario import Scenario, Wire
 from .source import Source
+from .states import example
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -327,14 +327,32 @@ def _check_secrets(log: bytes, secrets: object) -> None:
 # --- a connection's state ------------------------------------------------------------------------------------------
 
 
+_JSON: Final = (b"0", b"-1", b"1e999", b"null", b"true", b"[]", b"{}", b'"', b",", b"}", b"9" * 20)
+
+
 def state(data: bytes) -> None:
-    """What ``ExportedState.from_bytes`` takes it gives back as it was; everything else is a ``ValueError``. The input is its text and, behind a zero, its bytes."""
-    text, _, rest = data.partition(b"\0")
-    body = b"".join((b"ktls state\0", struct.pack(">HI", 1, len(text)), text, rest))
-    for candidate in (data, body + hashlib.sha256(body).digest()):
+    """A state that was damaged, but has the right digest: it is refused by ``ValueError``, or goes through as it is. The input says what is changed."""
+    source = Source(data)
+    parts = example(source.choice((TLS13, TLS12)))
+    text, rest = bytearray(parts.text), bytearray(parts.rest)
+    while source:
+        changed = rest if source.chance(20) else text
+        place = source.below(2**16) % (len(changed) + 1)
+        removed = source.choice((0, 1, 1, 2, 8, 40))
+        changed[place : place + removed] = source.choice(
+            (b"", source.take(1), source.choice(_JSON))
+        )
+    body = parts.join(bytes(text), bytes(rest))
+    untouched = text == parts.text and rest == parts.rest
+    for candidate, good in (
+        (data, False),
+        (body, False),
+        (body + hashlib.sha256(body).digest(), untouched),
+    ):
         try:
             exported = ExportedState.from_bytes(candidate)
         except ValueError:
+            require(not good, "a good state is refused")
             continue
         again = ExportedState.from_bytes(exported.to_bytes())
         require(again.snapshot == exported.snapshot, "a state changes on its way")

@@ -170,10 +170,8 @@ class _Builder:
         source = self._source
         reading: Reading = source.choice(("recv", "loop", "recv", "splice"))
         buffer = source.choice((65536, 16384, 1, 100, 5000))
-        # When the peer is asked for a key depends on how much each read takes: with a splice it is one record, with an over-read less.
-        metered = self._key_updates and reading != "splice"
-        limit = source.choice((None, None, None, 3, 10)) if metered else None
-        overread = 0 if limit else source.choice((0, 1, 5, 30, 1000))
+        limit = source.choice((None, None, None, 3, 10)) if self._key_updates else None
+        overread = source.choice((0, 1, 5, 30, 1000))
         reset = source.chance(10)
         while source and len(self._steps) < MOST_STEPS and self._total < MOST_WIRE:
             if source.chance(20):
