@@ -70,6 +70,18 @@ class EstablishedFacts:
         """Return the compression in use: None, unless an ancient peer talked the engine into it."""
         return self._established.info.compression if self._established is not None else None
 
+    def group(self) -> str | None:
+        """Return the name of the key agreement group (``X25519MLKEM768``); None before the handshake, and before Python 3.15."""
+        return self._established.info.group if self._established is not None else None
+
+    def client_sigalg(self) -> str | None:
+        """Return the name of the scheme that the client signed with, if it did; None before the handshake, and before Python 3.15."""
+        return self._established.info.client_sigalg if self._established is not None else None
+
+    def server_sigalg(self) -> str | None:
+        """Return the name of the scheme that the server signed with, if it did; None before the handshake, and before Python 3.15."""
+        return self._established.info.server_sigalg if self._established is not None else None
+
     def selected_alpn_protocol(self) -> str | None:
         """Return the protocol agreed on by ALPN (RFC 7301), or None."""
         if self._established is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ssl
 import weakref
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import TYPE_CHECKING, Final, final
 
 from ktls.protocol.enums import ContentType, HandshakeType, ProtocolVersion, Role
 from ktls.protocol.errors import KTLSError, LocalProtocolError
@@ -32,7 +32,8 @@ from ktls.record.aead import HEADER_LENGTH, RecordProtection
 from .framing import ClientHello, ClientHelloWatch, RecordFramer, ServerHelloWatch, split_records
 from .gate import gate
 from .keylog import Expected, SecretsUnavailableError, tap_for
-from .result import CipherTuple, EngineObject, HandshakeResult, HandshakeSecrets, PeerInfo
+from .peer_info import peer_info
+from .result import CipherTuple, EngineObject, HandshakeResult, HandshakeSecrets
 from .sni import Switchable, watch_switches
 from .tickets import TicketRelay, discard_engine
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ("OpenSSLHandshake", "accepts")
 
-_T = TypeVar("_T")
 _EXPLICIT_NONCE: Final = 8
 
 
@@ -256,7 +256,7 @@ class OpenSSLHandshake:
         self._forget()
         hello = self._client_hello.hello
         client_random = hello.random if hello is not None else None
-        info = _peer_info(sslobject, self._role, self._server_hostname, hello)
+        info = peer_info(sslobject, self._role, self._server_hostname, hello)
         self._result = HandshakeResult(
             role=self._role,
             version=version,
@@ -416,34 +416,3 @@ def _max_fragment(role: Role, version: str, hello: ClientHello | None) -> int:
             inner_type = 1 if version == "TLSv1.3" else 0  # RFC 8449 §4: it counts in TLS 1.3
             limit = min(limit, hello.record_size_limit - inner_type)
     return limit
-
-
-def _ask(question: Callable[[], _T], otherwise: _T) -> _T:
-    """Ask the engine something that it may be unable to answer."""
-    try:
-        return question()
-    except (ssl.SSLError, ValueError, AttributeError, NotImplementedError):
-        return otherwise
-
-
-def _chain(sslobject: ssl.SSLObject, method: str) -> tuple[bytes, ...]:
-    certificates: Any = _ask(getattr(sslobject, method, tuple), None)  # since Python 3.13
-    return tuple(certificates or ())
-
-
-def _peer_info(
-    sslobject: ssl.SSLObject, role: Role, server_hostname: str | None, hello: ClientHello | None
-) -> PeerInfo:
-    if role is Role.SERVER:
-        server_hostname = hello.server_name if hello is not None else None
-    return PeerInfo(
-        server_name=server_hostname,
-        selected_alpn_protocol=_ask(sslobject.selected_alpn_protocol, None),
-        compression=_ask(sslobject.compression, None),
-        session_reused=_ask(lambda: bool(sslobject.session_reused), False),
-        tls_unique=_ask(lambda: sslobject.get_channel_binding("tls-unique"), None),
-        certificate=_ask(lambda: sslobject.getpeercert(True), None),
-        certificate_dict=_ask(lambda: sslobject.getpeercert(), None),
-        verified_chain=_chain(sslobject, "get_verified_chain"),
-        unverified_chain=_chain(sslobject, "get_unverified_chain"),
-    )

@@ -69,6 +69,10 @@ class PeerInfo:
     server_name: str | None = None
     selected_alpn_protocol: str | None = None
     compression: str | None = None
+    #: The key agreement group and the signature schemes, by OpenSSL's names; None before Python 3.15.
+    group: str | None = None
+    client_sigalg: str | None = None
+    server_sigalg: str | None = None
     session_reused: bool = False
     tls_unique: bytes | None = field(default=None, repr=False)
     #: DER.
