@@ -203,6 +203,9 @@ class ClosingSocket(FileSocket):
         """Note that the connection is this process's."""
         self._owner = _process.token
 
+    def _is_own(self) -> bool:
+        return self._owner is _process.token
+
     def shutdown(self, how: int) -> None:
         """Shut down one half or both. For SHUT_WR and SHUT_RDWR close_notify goes out first, behind everything that was accepted; reading can go on after SHUT_WR.
 
@@ -255,11 +258,11 @@ class ClosingSocket(FileSocket):
         inherited = False
         try:
             # After ``detach`` and ``unwrap`` the descriptor is somebody else's.
-            if driver is not None and self.fileno() >= 0 and self._owner is _process.token:
+            if driver is not None and self.fileno() >= 0 and self._is_own():
                 inherited = self._close_tls(driver)
         finally:
             if not inherited:
-                if driver is not None and self._owner is _process.token:
+                if driver is not None and self._is_own():
                     self._wake()
                 self._raw.detach()
             self._release()

@@ -337,7 +337,7 @@ class KTLSSocket(HandoverSocket):
 
     def _release(self) -> None:
         tickets = self._established.tickets if self._established is not None else None
-        if tickets is not None:
+        if tickets is not None and self._is_own():  # else a lock may be held that nobody opens
             tickets.close()
         super()._release()
 

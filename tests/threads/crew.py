@@ -70,7 +70,7 @@ class Crew:
     """Threads that work at the same time."""
 
     def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
 
     def spawn(self, work: Callable[..., object], *arguments: object) -> threading.Thread:
@@ -84,16 +84,16 @@ class Crew:
 
         name = getattr(work, "__name__", "work")
         thread = threading.Thread(target=run, name=f"{name}{arguments}"[:60], daemon=True)
-        self._threads.append(thread)
+        self.threads.append(thread)
         thread.start()
         return thread
 
     def finish(self) -> None:
         """Wait until all have ended, show where they hang if they do, and raise the first error of any."""
         deadline = time.monotonic() + PATIENCE
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        alive = [thread.name for thread in self._threads if thread.is_alive()]
+        alive = [thread.name for thread in self.threads if thread.is_alive()]
         if alive:
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         if self._errors:

@@ -2,10 +2,14 @@
 
 A fork taken while another thread is inside the ``ssl`` module's key log lock leaves the child with a lock that nobody will open, and its first
 handshake waits for ever. ``keylog`` registers the gate with ``os.register_at_fork``, in the right order with its own locks.
+
+The same goes for modules: a fork taken while another thread imports one leaves the child with a module that never gets ready. The first handshake with a name
+would import the codec ``idna``; so it is imported here.
 """
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401
 import threading
 from typing import Final
 
@@ -20,7 +24,9 @@ class Gate:
     """Lets any number of handshake calls run (``with gate:`` around each), but none while the process forks."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        # ``with`` takes the lock itself: that is one step, while ``Condition.__enter__`` has a place where a signal handler could raise, and leave it held.
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._local = threading.local()
         self._running = 0
         self._forking = 0
@@ -32,7 +38,7 @@ class Gate:
         return depth
 
     def __enter__(self) -> None:
-        with self._condition:
+        with self._lock:
             # A handshake inside a handshake's callback must not wait for a fork that waits for it.
             while self._forking and not self._depth:
                 self._condition.wait()
@@ -40,7 +46,7 @@ class Gate:
             self._local.depth = self._depth + 1
 
     def __exit__(self, *_: object) -> None:
-        with self._condition:
+        with self._lock:
             self._local.depth -= 1
             self._running -= 1
             if self._forking:
@@ -48,20 +54,21 @@ class Gate:
 
     def before_fork(self) -> None:
         """Wait until no other thread is inside, and let nobody in."""
-        with self._condition:
+        with self._lock:
             self._forking += 1
             self._condition.wait_for(lambda: self._running == self._depth, timeout=_PATIENCE)
 
     def after_fork_in_parent(self) -> None:
         """Let them in again."""
-        with self._condition:
+        with self._lock:
             self._forking -= 1
             self._condition.notify_all()
 
     def after_fork_in_child(self) -> None:
         """Start anew: there is only this thread."""
         # Another thread, which is gone, may hold the old one.
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._running = self._depth
         self._forking = 0
 

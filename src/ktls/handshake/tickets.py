@@ -97,7 +97,9 @@ class TicketRelay:
         return f"<TicketRelay {state}, {self.tickets} tickets>"
 
     def __del__(self) -> None:
-        self.close()
+        # Nobody else has this object, so whoever holds the lock is a thread that a fork has left behind, in the middle of using the engine.
+        if self._lock.acquire(blocking=False):
+            self.close()
 
     @property
     def closed(self) -> bool:
