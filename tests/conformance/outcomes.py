@@ -5,7 +5,9 @@ An outcome asserts all that can be seen: what our reads and sends do, each time 
 
 from __future__ import annotations
 
+import socket
 import ssl
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +37,9 @@ __all__ = (
     "Refused",
     "Reset",
     "Truncated",
+    "fin",
     "play",
+    "reset",
     "rows",
     "sends",
     "short_timeout",
@@ -172,6 +176,17 @@ class Reset(Outcome):
             with pytest.raises(ConnectionError):
                 scene.tls.send(b"no")
         scene.tls.close()
+
+
+def fin(scene: Scene) -> None:
+    """The peer's TCP says that nothing more comes; it still reads."""
+    scene.peer.sock.shutdown(socket.SHUT_WR)
+
+
+def reset(scene: Scene) -> None:
+    """The peer's TCP resets the connection."""
+    scene.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    scene.peer.sock.close()
 
 
 @contextmanager
