@@ -22,7 +22,8 @@ a layer that can't show it is left out with a reason (``not_applicable={"kernel"
 does and calls ``scene.differs("why")``: the reason becomes a footnote. A failing test is a red cell; there is no other way to make one.
 Every cell costs a handshake in pure Python (20 ms, 50 ms in the lab).
 
-Which cells run: all layers that the kernel at hand has by default, with the suite going round over the rows; with KTLS_TRUST set, all suites and all layers.
+Which cells run: the layers that the kernel at hand uses by default, with the suite going round over the rows, and in the lab our role, too, for scripted peers. With KTLS_TRUST
+set: both roles, all suites, and the layers that are not the default with one suite.
 With KTLS_MATRIX set to a directory the outcome of every cell is written there, as ``host.json``, ``rekey.json`` or ``norekey.json``; ``render.py`` makes the document of them.
 """
 
@@ -51,7 +52,7 @@ ROLES: Final[tuple[Role, ...]] = ("client", "server")
 #: The peer that follows a script; others are programs.
 SCRIPTED: Final = "tlslite-ng"
 KERNEL: Final = kernel_kind()
-#: All suites and all layers, not one suite a row and the layers that are used by default.
+#: The long form: see above.
 LONG: Final = "KTLS_TRUST" in os.environ
 
 _OFFERED: Final = {cipher["name"] for cipher in ssl.create_default_context().get_ciphers()}
@@ -65,13 +66,13 @@ SUITES: Final[Mapping[Version, tuple[str, ...]]] = {
 #: What the engine goes on with: we have no record layer for it.
 ENGINE_SUITE: Final = "AES-128-CBC"
 
-#: Kernel, version: its layers, first those of the short form, of which the first is the default, then those of the long form only.
+#: Kernel, version: the layers that it uses by default, and those that can be had in the long form.
 _LAYERS: Final[Mapping[tuple[str, Version], tuple[tuple[Layer, ...], tuple[Layer, ...]]]] = {
     ("none", "1.3"): (("userspace",), ()),
     ("none", "1.2"): (("userspace", "engine"), ()),
     ("rekey", "1.3"): (("kernel",), ("userspace",)),
     ("rekey", "1.2"): (("kernel",), ("userspace", "engine")),
-    ("norekey", "1.3"): (("mixed", "kernel"), ("userspace",)),
+    ("norekey", "1.3"): (("mixed",), ("kernel", "userspace")),
     ("norekey", "1.2"): (("kernel",), ("userspace", "engine")),
 }
 
@@ -92,7 +93,7 @@ class Row:
     suites: tuple[str, ...] | None = None
     #: Layers that can't show it, and why not.
     not_applicable: Mapping[Layer, str] = field(default_factory=dict)
-    #: One of many of a kind: in the short form one role will do, in turn, and the one layer that is used without asking for another.
+    #: One of many of a kind: one suite will do, in turn, and in the short form one role.
     many: bool = False
     #: Whether it is shown with the engine's own record layer, too.
     engine: bool = False
@@ -145,7 +146,7 @@ def _suites(row: Row, version: Version, role: Role, layer: Layer) -> tuple[str, 
     suites = SUITES[version] if row.suites is None else row.suites
     if not suites:
         return ("",)
-    if LONG:
+    if LONG and not row.many and layer in layers(version, every=False):
         return suites
     return (suites[_turn(row, version, role, layer) % len(suites)],)
 
@@ -157,16 +158,16 @@ def _turn(*what: object) -> int:
 
 
 def _roles(row: Row, version: Version) -> tuple[Role, ...]:
-    if LONG or not row.many:
+    in_turn = row.many or (row.peer == SCRIPTED and KERNEL != "none")
+    if LONG or not in_turn:
         return row.roles
-    return (row.roles[_turn(row, version) % len(row.roles)],)
+    return (row.roles[_turn(row, version, KERNEL) % len(row.roles)],)
 
 
 def cells(row: Row) -> Iterator[Cell]:
     """Cells of ``row`` that are to be run here."""
     for version in row.versions:
-        here = layers(version)
-        for layer in here if LONG or not row.many else here[:1]:
+        for layer in layers(version):
             if layer in row.not_applicable or (layer == "engine" and not row.engine):
                 continue
             for role in _roles(row, version):
