@@ -106,10 +106,11 @@ class WaitingSocket(socket.socket):
         if fd < 0:
             raise _closed()
         poller.register(fd, events)
-        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = poller.poll(None if remaining is None else remaining * 1000)
-        if not ready and deadline is not None and time.monotonic() >= deadline:
+        remaining = None if deadline is None else deadline - time.monotonic()
+        # The operation was tried just now. Being ready is not enough: a peer may send for ever what is no whole record, or records that the kernel drops.
+        if remaining is not None and remaining <= 0:
             raise TimeoutError(f"The {name} operation timed out")
+        poller.poll(None if remaining is None else remaining * 1000)
         if driver is not None and driver.owes:
             driver.run_owed()
 
