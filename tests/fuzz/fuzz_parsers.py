@@ -6,7 +6,7 @@
 
 Without a name all harnesses take turns. New inputs are mutations of those kept; kept are those that reach a new pair of lines. A finding is made as short as it
 stays one, and written to build/fuzz: put it into the corpus under a name that says what it was. The exit status is then 1.
-For hours by hand ``atheris`` (from PyPI, not needed otherwise) finds more: it sees every branch, also in what it instruments of the standard library.
+For hours by hand there is ``atheris`` as well (from PyPI; nothing else here needs it): libFuzzer's engine, on one harness at a time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import random
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 ROOT: Final = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.fuzz.harnesses import HARNESSES, Harness  # noqa: E402  # run as a program, this file has only its own directory on the path
 from tests.fuzz.tracing import TRACE_ONE_IN, Coverage  # noqa: E402  # likewise
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Iterator
 
 __all__ = ("CORPUS", "corpus_of", "mutate")
 
@@ -161,11 +166,24 @@ def fuzz(names: list[str], seconds: float, seed: int) -> int:
     return status
 
 
+def package_functions() -> Iterator[types.FunctionType]:
+    """Give every function and method of the package that is loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ktls."):
+            for owner in (module, *filter(inspect.isclass, vars(module).values())):
+                if getattr(owner, "__module__", name) == name:
+                    yield from filter(inspect.isfunction, vars(owner).values())
+
+
 def with_atheris(name: str, options: list[str]) -> None:
-    """Hand a harness over to atheris; does not return."""
+    """Hand a harness over to atheris; does not return. What it keeps goes to build/fuzz, not into the corpus."""
     atheris = importlib.import_module("atheris")
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(CORPUS / name), *options], HARNESSES[name])
+    for function in package_functions():
+        atheris.instrument_func(function)
+    kept = FINDINGS / f"atheris-{name}"
+    kept.mkdir(parents=True, exist_ok=True)
+    places = [str(kept), str(CORPUS / name), f"-artifact_prefix={FINDINGS}/{name}-"]
+    atheris.Setup([sys.argv[0], *places, *options], HARNESSES[name])
     atheris.Fuzz()
 
 
