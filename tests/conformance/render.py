@@ -118,7 +118,9 @@ class Matrix:
         cell = line.cells.setdefault((kernel, result["layer"]), {})
         place = result["role"], result["suite"]
         outcome = result["verdict"], tuple(result["reasons"])
-        if cell.get(place, outcome)[0] != "fail":  # two runs of one cell: the worse one counts
+        if (
+            place not in cell or cell[place][0] != "fail"
+        ):  # two runs of one cell: the worse one counts
             cell[place] = outcome
 
     def outcomes(self) -> Iterator[tuple[str, Outcome]]:
