@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import pytest
+
 import ktls
 
 from ..peers import scripted as peers
@@ -132,7 +134,7 @@ class Worker(threading.Thread):
             try:
                 with ExitStack() as stack:
                     KINDS[kind][1](self.world, plan, rng, stack)
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 plan.error = f"{type(error).__name__}: {error}"
                 if not isinstance(error, OSError):
                     plan.error += "\n" + "".join(traceback.format_exception(error)[-4:])
