@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -89,6 +90,7 @@ def command(
     root = _directory(directory)
     if key is not None and cert is None:
         raise Failure("--key needs --cert")
+    _no_core_dumps()
     metrics_address = None if metrics is None else _metrics_address(metrics)
     identity = _local_identity(host) if cert is None else None
     context = _context(identity, cert, key, offload)
@@ -114,6 +116,11 @@ def command(
             metrics_listener=metrics_listener,
             metrics_directory=Path(counts) if counts is not None else None,
         )
+
+
+def _no_core_dumps() -> None:
+    # A crash must not write the private key and the secrets of all connections to the disk. Workers inherit it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _require_extra() -> None:
