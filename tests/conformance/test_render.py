@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import pytest
 
+from .render import Matrix, differences, render
+
 _RENDER: Final = Path(__file__).with_name("render.py")
 _ROW: Final = {
     "peer": "tlslite-ng",
@@ -48,23 +50,13 @@ class _Runs:
         run = {"kernel": "rekey", "rows": [{**_ROW, **row}], "results": list(results)}
         (self.directory / "rekey.json").write_text(json.dumps(run))
 
-    def _run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, _RENDER, *map(str, arguments), self.directory],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
     def render(self) -> str:
-        done = self._run()
-        assert done.returncode == 0, done.stderr
-        self.document.write_text(done.stdout)
-        return done.stdout
+        document = render(Matrix.load([self.directory]))
+        self.document.write_text(document)
+        return document
 
-    def check(self) -> tuple[int, str]:
-        done = self._run("--check", self.document)
-        return done.returncode, done.stdout
+    def check(self) -> list[str]:
+        return list(differences(Matrix.load([self.directory]), self.document.read_text()))
 
 
 @pytest.fixture
@@ -100,19 +92,17 @@ def test_cell(runs: _Runs, results: list[dict[str, Any]], cell: str) -> None:
     document = runs.render()
     assert _line(document) == f"| one | the end | 1.3 | client, server | {cell} |"
     assert ("- [1] why" in document) is ("[1]" in cell)
-    status, said = runs.check()
-    assert (status == 1) is ("FAIL" in cell), said
+    assert bool(runs.check()) is ("FAIL" in cell)
 
 
 def test_some_suites_are_compared_with_all(runs: _Runs) -> None:
     runs.write(_CCM)
     runs.render()
     runs.write([_result("client", "AES-128-CCM", "differs", "why")])
-    assert runs.check() == (0, "")
+    assert runs.check() == []
     runs.write([_result("server", "AES-128-CCM")])
-    status, said = runs.check()
-    assert status == 1
-    assert said.endswith("server AES-128-CCM: ok; the document says: [why]\n")
+    (said,) = runs.check()
+    assert said.endswith("server AES-128-CCM: ok; the document says: [why]")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +122,7 @@ def test_difference(
     runs.write(_all())
     runs.render()
     runs.write(results, **row)
-    status, output = runs.check()
-    assert status == 1
-    assert said in output
+    assert said in "\n".join(runs.check())
 
 
 def test_the_same_runs_make_the_same_document(runs: _Runs) -> None:
@@ -144,9 +132,20 @@ def test_the_same_runs_make_the_same_document(runs: _Runs) -> None:
     assert runs.render() == first
 
 
-def test_no_runs(runs: _Runs) -> None:
-    done = subprocess.run(
-        [sys.executable, _RENDER, runs.directory], capture_output=True, check=False
-    )
-    assert done.returncode == 1
-    assert b"no file of a run" in done.stderr
+def test_command(runs: _Runs) -> None:
+    """What the shell sees: the document, or the differences and a status."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        command = [sys.executable, _RENDER, *map(str, arguments), runs.directory]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    assert run() == (1, "")  # no run at all
+    runs.write(_all())
+    document = runs.render()
+    assert run() == (0, document)
+    assert run("--check", runs.document) == (0, "")
+    runs.write(_all("fail"))
+    status, said = run("--check", runs.document)
+    assert status == 1
+    assert len(said.splitlines()) == len(_all())
