@@ -136,7 +136,7 @@ def test_command(runs: _Runs) -> None:
     """What the shell sees: the document, or the differences and a status."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        command = [sys.executable, _RENDER, *map(str, arguments), runs.directory]
+        command = [sys.executable, str(_RENDER), *map(str, arguments), str(runs.directory)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 
