@@ -5,6 +5,7 @@ The rules are the same everywhere: only documented exceptions escape; what comes
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -39,9 +40,10 @@ from ktls.record.userspace import UserspaceReceiver
 from ktls.state import ExportedState
 from ktls.testing import is_key_update, made_up_keys
 
+from ..handshake.helpers import Pki, ours_client, run, their_server
 from ..record.layers import SUITES, TLS12, TLS13
 from .protocol_inputs import decode
-from .protocol_target import execute, require
+from .protocol_target import Broken, execute, require
 from .scenario import Scenario, Wire
 from .source import Source
 from .states import example
@@ -324,6 +326,36 @@ def _check_secrets(log: bytes, secrets: object) -> None:
         require(wanted == secrets, "other secrets than there are whole lines for")
 
 
+@functools.cache
+def _contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    pki = Pki()
+    return pki.client(ssl.TLSVersion.TLSv1_3), pki.server(ssl.TLSVersion.TLSv1_3)
+
+
+def tickets(data: bytes) -> None:
+    """Tickets whose syntax is good, given back to a client's engine: it takes one, or refuses it with an alert and is closed. The input is the ticket's body."""
+    try:
+        check_new_session_ticket(data)
+    except RemoteProtocolError:
+        return
+    for_client, for_server = _contexts()
+    client, server = ours_client(for_client), their_server(for_server)
+    run(client, server)
+    relay = client.result().tickets
+    if relay is None:
+        raise Broken("no relay")
+    try:
+        relay.feed(HandshakeMessage(HandshakeType.NEW_SESSION_TICKET, data).encode())
+    except RemoteProtocolError as error:
+        require(relay.closed and relay.tickets == 0, f"refused ({error}) and open")
+    else:
+        require(relay.tickets == 1 and relay.has_ticket and not relay.closed, "taken and not there")
+        relay.ratchet()
+        require(not relay.closed and relay.generation == 1, "no more to be used")
+    _ = relay.session
+    relay.close()
+
+
 # --- a connection's state ------------------------------------------------------------------------------------------
 
 
@@ -360,5 +392,5 @@ def state(data: bytes) -> None:
 
 HARNESSES: Final[dict[str, Harness]] = {
     function.__name__: function
-    for function in (aead, framer, hello, keylog, messages, protocol, records, state)
+    for function in (aead, framer, hello, keylog, messages, protocol, records, state, tickets)
 }

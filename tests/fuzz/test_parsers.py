@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ktls.handshake import framing, keylog
 from ktls.handshake.framing import RecordFramer
+from ktls.handshake.tickets import TicketRelay
 from ktls.protocol import messages
 from ktls.protocol.key_schedule import TrafficKeys
 from ktls.record.aead import RecordProtection
@@ -131,6 +132,13 @@ def test_noise_that_is_opened_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_state_that_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrafficKeys, "__eq__", lambda self, other: False)
     assert broken_by_the_corpus("state")
+
+
+def test_refused_ticket_that_leaves_the_engine_open_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TicketRelay, "close", lambda self: None)
+    assert broken_by_the_corpus("tickets")
 
 
 # --- the engine ---------------------------------------------------------------------------------------------------
