@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("EXCEPTIONS", "NO_HANDSHAKE", "WITHOUT_US")
+__all__ = ("EXCEPTIONS", "NO_HANDSHAKE", "WITHOUT_US", "WITHOUT_US_NEWER")
 
 EXCEPTIONS: Final[dict[str, str]] = {
     "test_sslproto.ProactorStartTLSTests.*": "CPython runs them on Windows only",
@@ -33,6 +33,11 @@ WITHOUT_US: Final[dict[str, str]] = {
     "test_events.*.test_create_*unix_*": "Unix sockets have no kernel TLS; our loops leave them to asyncio",
     "test_events.*.test_connect_accepted_socket_ssl_timeout_for_plain_socket": "is about arguments that are refused",
     "test_streams.*.test_open_unix_connection_no_loop_ssl": "Unix sockets have no kernel TLS; our loops leave them to asyncio",
+}
+
+#: The same for tests that Python 3.11 does not have.
+WITHOUT_US_NEWER: Final[dict[str, str]] = {
+    "test_streams.*.test_streamwriter_start_tls_updates_reader_transport": "is about asyncio's streams, with a mock for a loop",
 }
 
 #: A handshake of ours begins, and is not meant to end well: there is no transport.
