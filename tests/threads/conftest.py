@@ -22,8 +22,8 @@ def net(authority: Authority) -> Iterator[Net]:
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+    """Threads take turns far more often than usual."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)

@@ -31,7 +31,7 @@ CASES: Final = [
     Case(peer="ktls"),
     *([Case(peer="ktls", offload="userspace")] if has_kernel_tls() else []),
 ]
-HANDSHAKES: Final = 400 if LONG else 40
+HANDSHAKES: Final = 400 if LONG else 24
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -95,7 +95,7 @@ def test_contexts_made_before_the_fork(net: Net, tls_stat: TlsStat) -> None:
     assert tls_stat["TlsDecryptError"] == 0
 
 
-def test_fork_while_others_shake_hands(net: Net, restless: None) -> None:
+def test_fork_while_others_shake_hands(net: Net) -> None:
     """Locks of the ``ssl`` module and of ours are free in the child, whatever the parent's threads are at."""
     client, server = net.context("ktls", "client"), net.context("ktls", "server")
     listener = net.keep(socket.create_server(("127.0.0.1", 0), backlog=64))
@@ -128,14 +128,14 @@ def test_fork_while_others_shake_hands(net: Net, restless: None) -> None:
         crew.spawn(serve)
     for _ in range(2):
         crew.spawn(ask)
-    for _ in range(100 if LONG else 8):
+    for _ in range(100 if LONG else 4):
         reap(fork(child))
     stop.set()
     crew.finish()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_parent_is_not_disturbed(net: Net, case: Case, restless: None) -> None:
+def test_parent_is_not_disturbed(net: Net, case: Case) -> None:
     """Whatever the child does with its copy of a connection, short of using it: drop it, or close it. Its parent's threads were sending and changing keys."""
     link = net.link(case, timeout=PATIENCE)
     crew, stop, sent = Crew(), threading.Event(), [0]
@@ -169,7 +169,7 @@ def test_parent_is_not_disturbed(net: Net, case: Case, restless: None) -> None:
     crew.spawn(read)
     crew.spawn(write)
     crew.spawn(refresh)
-    for work in (close, forget) * (20 if LONG else 3):
+    for work in (close, forget) * (20 if LONG else 2):
         reap(fork(work))
     stop.set()
     for thread in crew.threads[1:]:

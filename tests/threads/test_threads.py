@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LONG: Final = os.environ.get("KTLS_TRUST") is not None
 SEEDS: Final = range(20 if LONG else 1)
 WRITERS: Final = 3
-FRAMES: Final = 1500 if LONG else 50
+FRAMES: Final = 1500 if LONG else 30
 REFRESHES: Final = 12 if LONG else 6
 
 CASES: Final = [
@@ -238,7 +238,7 @@ def close_and_take(sock: ktls.KTLSSocket, pairs: list[tuple[socket.socket, socke
 
 def test_descriptor_is_never_used_after_close(net: Net, restless: None) -> None:
     """Another socket gets the number at once; nothing of ours goes there, and nothing is taken from it."""
-    for turn in range(200 if LONG else 15):
+    for turn in range(200 if LONG else 4):
         link = net.link(Case(peer="ktls"), timeout=None)
         crew = Crew()
         strangers: list[tuple[socket.socket, socket.socket]] = []
