@@ -81,17 +81,40 @@ async def _copy(
 ) -> int:
     """Read in a thread, write, wait for room."""
     # As asyncio, from ``offset`` and not from where the file stands; but a pipe stands where it stands.
-    if offset or (hasattr(file, "seek") and getattr(file, "seekable", lambda: True)()):
+    seekable = hasattr(file, "seek") and getattr(file, "seekable", lambda: True)()
+    if offset or seekable:
         file.seek(offset)
     total = 0
-    while count is None or total < count:
-        size = _COPY_SIZE if count is None else min(_COPY_SIZE, count - total)
-        data = await loop.run_in_executor(None, file.read, size)
-        if not data:
-            break
-        transport.write(data)
-        total += len(data)
-        mark = Mark(loop.create_future())
-        transport.send_file(mark)
-        await mark.done
+    try:
+        while count is None or total < count:
+            size = _COPY_SIZE if count is None else min(_COPY_SIZE, count - total)
+            data = await _read(loop, file, size, to_the_end=seekable)
+            if not data:
+                break
+            transport.write(data)
+            total += len(data)
+            mark = Mark(loop.create_future())
+            transport.send_file(mark)
+            await mark.done
+    except BaseException:
+        if seekable:
+            file.seek(offset + total)  # more may have been read
+        raise
     return total
+
+
+async def _read(
+    loop: asyncio.AbstractEventLoop, file: IO[bytes], size: int, *, to_the_end: bool
+) -> bytes:
+    """Read in a thread. ``to_the_end``: also when cancelled, so that nobody moves the file's position any more."""
+    reading = loop.run_in_executor(None, file.read, size)
+    try:
+        return await asyncio.shield(reading)
+    except asyncio.CancelledError:
+        if to_the_end:
+            await asyncio.wait((reading,))
+        if reading.done() and not reading.cancelled():
+            reading.exception()  # nobody else will ask
+        else:
+            reading.cancel()
+        raise
