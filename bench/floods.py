@@ -137,16 +137,17 @@ def suffer(attack: Attack, layers: Layers, messages: int, *, trace: bool) -> Cos
     return Cost(taken, seconds / taken * 1e6, longest, peak, error)
 
 
-def measure(attack: Attack, layers: Layers, messages: int) -> Cost:
+def measure(attack: Attack, layers: Layers, messages: int, *, memory: bool) -> Cost:
     """Once for the time, once for the memory."""
     cost = suffer(attack, layers, messages, trace=False)
-    return cost._replace(peak=suffer(attack, layers, messages, trace=True).peak)
+    return cost._replace(peak=suffer(attack, layers, messages, trace=True).peak) if memory else cost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--messages", type=int, default=10_000)
     parser.add_argument("--only", default="", help="floods whose name begins so")
+    parser.add_argument("--no-memory", action="store_true", help="measure only the time")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
@@ -163,7 +164,7 @@ def main() -> None:
     results = {}
     for attack in ATTACKS:
         for layers in layers_for(attack.suite) if attack.name.startswith(options.only) else ():
-            cost = measure(attack, layers, options.messages)
+            cost = measure(attack, layers, options.messages, memory=not options.no_memory)
             results[f"{attack}, {layers}"] = cost._asdict()
             if not options.json:
                 print(_row(f"{attack}, {layers}", cost), flush=True)
