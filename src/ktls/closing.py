@@ -10,7 +10,7 @@ So a socket with a timeout, or without one, sends close_notify blocking, for as 
 accepted everything.) A non-blocking socket tries without waiting, and if anything is still under way a thread waits in its place.
 
 TCP has a trap of its own: ``close`` with unread data in the receive buffer sends RST, and RST destroys what is still on its way. So what has
-come in is read and dropped first. What comes later can still do that; whoever must know that the peer got everything has to read until its close_notify (``unwrap``).
+come in is read and dropped first; where the kernel can't open it, so that nobody can, we wait until the alert for it has arrived. What comes later can still do that; whoever must know that the peer got everything has to read until its close_notify (``unwrap``).
 
 Another thread that waits in a call of the same connection is woken by ``close`` (``shutdown`` does that), and gets an ``OSError``.
 
@@ -32,6 +32,7 @@ import time
 from typing import Final, final
 
 from ktls.handshake.handoff import RecordDriver
+from ktls.record.tcp import queued_by_tcp
 
 from .files import FileSocket
 from .settings import Settings
@@ -74,15 +75,18 @@ def finish(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
 
     Raises ``TimeoutError`` if not all went out, and ``OSError`` from the network.
     """
+    deadline = time.monotonic() + timeout
     try:
         if driver.tx_layer == "kernel" and driver.tx_closed:
-            _wait_for_acknowledgement(
-                sock, driver, timeout
-            )  # it went out without waiting: that proves nothing
+            # It went out without waiting: that proves nothing.
+            _wait_for_acknowledgement(sock, driver, deadline)
         elif driver.tx_layer == "kernel":
             _close_notify_blocking(sock, driver, timeout)
         else:
-            _close_notify_polling(sock, driver, timeout)
+            _close_notify_polling(sock, driver, deadline)
+        if driver.refused_in_kernel:
+            # Nobody can read what was refused, so ``close`` will reset the connection: the alert must have arrived.
+            _wait_for_acknowledgement(sock, driver, deadline)
     except BlockingIOError:
         raise TimeoutError(
             errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
@@ -103,15 +107,16 @@ def _close_notify_blocking(sock: socket.socket, driver: RecordDriver, timeout: f
         sock.settimeout(mode)
 
 
-def _wait_for_acknowledgement(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
+def _wait_for_acknowledgement(sock: socket.socket, driver: RecordDriver, deadline: float) -> None:
     """Wait until TCP has nothing under way any more; there is no event for that, only for the end of the connection."""
-    deadline = time.monotonic() + timeout
     poller = select.poll()
     poller.register(sock, 0)  # POLLERR and POLLHUP
     while True:
         try:
             driver.flush(socket.MSG_DONTWAIT)
-            return
+            if not queued_by_tcp(sock):
+                return
+            raise BlockingIOError(errno.EAGAIN, "not all is acknowledged yet")
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise
@@ -119,9 +124,8 @@ def _wait_for_acknowledgement(sock: socket.socket, driver: RecordDriver, timeout
             return  # nobody is there who could acknowledge anything
 
 
-def _close_notify_polling(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
+def _close_notify_polling(sock: socket.socket, driver: RecordDriver, deadline: float) -> None:
     """Wait for room, not in the kernel: there each piece that goes out would start the time anew."""
-    deadline = time.monotonic() + timeout
     poller = select.poll()
     poller.register(sock, select.POLLOUT)
     while True:

@@ -423,6 +423,8 @@ class KTLSSocket(HandoverSocket):
         count = min(len(view), len(self._unreported))
         if bytes(view[:count]) != self._unreported[:count]:
             raise LocalProtocolError("after SSLWantWriteError the same data must be sent again")
+        if driver.failure is not None:
+            raise driver.failure.with_traceback(None)
         self.perform(lambda: driver.flush(), for_write)
         self._unreported = self._unreported[count:]
         return count

@@ -30,6 +30,7 @@ from typing import final
 
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import Direction
+from ktls.protocol.errors import KeyLimitError, RemoteProtocolError
 from ktls.protocol.limits import DirectionUsage, KeyUsage
 from ktls.protocol.states import HalfState
 
@@ -126,6 +127,18 @@ class Driver:
     def peer_closed(self) -> bool:
         """Whether the peer's close_notify was received."""
         return self.receiving.peer_closed
+
+    @property
+    def failure(self) -> OSError | None:
+        """What made the connection fail in both directions, if it did."""
+        return self.sending.failure
+
+    @property
+    def refused_in_kernel(self) -> bool:
+        """Whether the peer was refused for a record that the kernel may still hold: it can be neither opened nor dropped."""
+        return self.rx_layer == "kernel" and isinstance(
+            self.failure, RemoteProtocolError | KeyLimitError
+        )
 
     def pending(self) -> int:
         """Return how many decrypted bytes are held in this process, invisible to ``poll``."""

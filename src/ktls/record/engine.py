@@ -49,6 +49,9 @@ class EngineDriver:
 
     tx_layer: LayerName = "engine"
     rx_layer: LayerName = "engine"
+    #: As of a driver: it keeps its failures to itself.
+    failure: Final = None
+    refused_in_kernel: Final = False
     #: As of a driver's halves: everything takes a look first.
     grant: Final = 0
 
