@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ("TicketRelay", "discard_engine")
 
 _HEADER: Final = HEADER_LENGTH
+#: Sessions of one connection that a subscriber is told. Servers send two or so; each takes 6 KB for good in Python 3.11, and a peer may send tickets for weeks.
+_MAX_ANNOUNCED: Final = 16
 
 
 def discard_engine(sslobject: ssl.SSLObject) -> None:
@@ -54,6 +56,7 @@ class TicketRelay:
     """
 
     __slots__ = (
+        "_announced",
         "_fresh",
         "_incoming",
         "_lock",
@@ -88,6 +91,7 @@ class TicketRelay:
         self._rx = None if rx_secret is None else _protection(rx_secret)
         self._session: ssl.SSLSession | None = None
         self._fresh = False
+        self._announced = 0
         self._on_session: Callable[[ssl.SSLSession], None] | None = None
         #: How many tickets the engine has taken.
         self.tickets = 0
@@ -134,15 +138,16 @@ class TicketRelay:
         return session is not None and (session.has_ticket or bool(session.id))
 
     def subscribe(self, on_session: Callable[[ssl.SSLSession], None] | None) -> None:
-        """Call ``on_session`` with every session from here on, and at once if there is one already."""
+        """Call ``on_session`` with every session from here on (sixteen of them at most), and at once if there is one already."""
         self._on_session = on_session
         self._announce()
 
     def _announce(self) -> None:
         on_session = self._on_session
-        if on_session is not None and self.has_ticket:
+        if on_session is not None and self.has_ticket and self._announced < _MAX_ANNOUNCED:
             session = self.session
             if session is not None:
+                self._announced += 1
                 on_session(session)
 
     def feed(self, message: bytes) -> None:
