@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NoReturn, final
 
 from ktls.handshake.handoff import OffloadPolicy
@@ -28,7 +28,7 @@ class StateSnapshot:
     cipher: tuple[str, str, int]
     info: PeerInfo
     server_hostname: str | None
-    tls_exporter: bytes | None
+    tls_exporter: bytes | None = field(repr=False)
     offload: OffloadPolicy
     offload_reason: str | None
     shutdown_timeout: float

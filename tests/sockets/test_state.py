@@ -561,6 +561,7 @@ def spelled(secret: bytes) -> set[str]:
 def test_states_do_not_show_what_they_hold(net: Net) -> None:
     link = net.link(Case(offload="userspace"), timeout=PATIENCE)
     secrets = secrets_in(driver_of(link.ours))
+    secrets.append(link.ours.get_channel_binding("tls-exporter") or b"")
     state = link.ours.export_state()
     shown = [repr(state), str(state), f"{state}", repr(state.snapshot), repr(vars(type(state)))]
     for secret in secrets:

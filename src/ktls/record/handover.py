@@ -81,7 +81,7 @@ def _check_at_rest(driver: Driver) -> None:
     sending, receiving = driver.sending, driver.receiving
     sending.look_first()
     receiving._look_first()
-    if sending._error is not None or isinstance(receiving._end, OSError):
+    if sending._error is not None or isinstance(receiving._end, OSError) or receiving._reading:
         raise LocalProtocolError("the connection has failed")
     if receiving._install is not None:
         raise LocalProtocolError("a key is being changed")

@@ -212,6 +212,8 @@ class KernelSender:
         except OSError:
             self._base, self._first, self._octets = before
             raise
+        finally:
+            del info  # it holds the key, and tracebacks may show locals
 
     def sequence_number(self) -> int:
         """See ``RecordSender``. Asks the kernel, which counts every record, whoever sent it."""
@@ -384,9 +386,9 @@ class KernelReceiver:
         if self._dead is not None:
             raise self._dead.with_traceback(None)
         size = CRYPTO_INFO[self._suite.aead].size
-        current = self._sock.getsockopt(SOL_TLS, TLS_RX, size)
         try:
-            self._sock.setsockopt(SOL_TLS, TLS_RX, current)
+            # No local variable for what holds the key: tracebacks may show them.
+            self._sock.setsockopt(SOL_TLS, TLS_RX, self._sock.getsockopt(SOL_TLS, TLS_RX, size))
         except OSError as error:
             if error.errno != errno.EBUSY:  # EBUSY: no rekey, so it had not stopped either
                 raise
