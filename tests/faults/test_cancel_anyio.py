@@ -1,0 +1,234 @@
+"""The scope is cancelled at every await of everything that ``ktls.anyio`` lets one wait for, on trio and asyncio.
+
+What was sent in part only has no clean end; all else goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import pytest
+
+import ktls
+from ktls.anyio import KTLSStream
+from ktls.testing import pattern
+
+from ..aio.conftest import open_sockets
+from ..anyio.helpers import BACKENDS, Backend, receive_exactly
+from ..sockets.helpers import Net
+from ..support import HOST, has_kernel_tls, has_rekey
+from .cancelling import CancelAt, Heard, Peer
+
+if TYPE_CHECKING:
+    from ktls.handshake.handoff import OffloadPolicy
+
+    from ..support import Authority
+
+WHOLE_PRODUCT: Final = os.environ.get("KTLS_TRUST") == "1"
+MOST: Final = 400
+SIZE: Final = 5_000_000
+REPLY: Final = pattern(300_000)
+LATER: Final = pattern(1000)
+
+
+def _policies() -> list[OffloadPolicy]:
+    if not has_kernel_tls():
+        return ["userspace"]
+    return ["auto", "userspace"] if WHOLE_PRODUCT else ["auto"]
+
+
+@pytest.fixture
+def net(authority: Authority) -> Iterator[Net]:
+    before = open_sockets()
+    net = Net(authority)
+    yield net
+    net.close()
+    gc.collect()
+    assert open_sockets() <= before, "sockets are left open"
+
+
+@pytest.fixture(params=BACKENDS if WHOLE_PRODUCT else ("asyncio", "trio"))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return Backend(request.param)
+
+
+@pytest.fixture(params=_policies())
+def policy(request: pytest.FixtureRequest) -> OffloadPolicy:
+    policy: OffloadPolicy = request.param
+    return policy
+
+
+async def cancelled_at(position: int, body: Callable[[], Any], peer: Peer) -> tuple[bool, Any]:
+    """Run ``body`` in a scope that is cancelled at its await ``position``; return whether it came so far, and what it returned."""
+    returned = None
+
+    async def let_go() -> None:
+        await anyio.sleep(0.003)
+        peer.go.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(let_go)
+        with anyio.CancelScope() as scope:
+            steps: CancelAt[Any] = CancelAt(body(), position, scope.cancel)
+            returned = await steps
+    return steps.hit, returned
+
+
+async def heard_by(peer: Peer) -> Heard:
+    return await anyio.to_thread.run_sync(peer.result)
+
+
+async def _connect(net: Net, peer: Peer, settings: ktls.Settings) -> KTLSStream:
+    return await ktls.anyio.connect_tcp(
+        *peer.address,
+        ssl_context=net.context("ktls", "client"),
+        tls_hostname=HOST,
+        settings=settings,
+    )
+
+
+async def _accept(net: Net, peer: Peer, settings: ktls.Settings) -> KTLSStream:
+    return await KTLSStream.wrap(
+        peer.sock, server_side=True, ssl_context=net.context("ktls", "server"), settings=settings
+    )
+
+
+@pytest.mark.parametrize("beginning", [_connect, _accept])
+def test_no_connection_is_left_of_one_that_nobody_waits_for(
+    net: Net, backend: Backend, policy: OffloadPolicy, beginning: Any
+) -> None:
+    settings = ktls.Settings(offload=policy)
+
+    async def attempt(position: int) -> bool:
+        peer = Peer(net, "client" if beginning is _accept else "server")
+        hit, stream = await cancelled_at(position, lambda: beginning(net, peer, settings), peer)
+        if stream is not None:
+            await stream.send(LATER)
+            await stream.aclose()
+        heard = await heard_by(peer)
+        if stream is not None:
+            assert (bytes(heard.data), heard.end) == (LATER, "close_notify")
+        else:
+            assert not heard.data
+            assert heard.end != "close_notify", "a clean end of what never was"
+        return hit
+
+    async def main() -> int:
+        position = 0
+        while await attempt(position):
+            position += 1
+            assert position < MOST
+        return position
+
+    assert backend.run(main) >= 1
+
+
+@dataclass
+class Work:
+    """One connection: what was sent for certain, and what came."""
+
+    stream: KTLSStream
+    file: Any
+    sent: bytearray = field(default_factory=bytearray)
+    got: bytearray = field(default_factory=bytearray)
+
+
+async def _receive(work: Work) -> None:
+    while len(work.got) < len(REPLY):
+        work.got += await work.stream.receive(50_000)
+
+
+async def _send(work: Work) -> None:
+    for _ in range(2):
+        await work.stream.send(pattern(SIZE // 2, len(work.sent)))
+        work.sent += pattern(SIZE // 2, len(work.sent))
+
+
+async def _sendfile(work: Work) -> None:
+    await work.stream.sendfile(work.file)
+    work.sent += pattern(SIZE)
+
+
+async def _refresh(work: Work) -> None:
+    if work.stream.extra(ktls.anyio.KTLSAttribute.offload).tx == "userspace" or has_rekey():
+        await work.stream.refresh_traffic_keys(request_peer=True)
+    await _receive(work)
+
+
+async def _send_eof(work: Work) -> None:
+    await work.stream.send_eof()
+    await _receive(work)
+
+
+async def _close(work: Work) -> None:
+    await work.stream.send(pattern(1000))
+    work.sent += pattern(1000)
+    await work.stream.aclose()
+
+
+BODIES: Final[dict[str, Callable[[Work], Awaitable[None]]]] = {
+    function.__name__.removeprefix("_"): function
+    for function in (_receive, _send, _sendfile, _refresh, _send_eof, _close)
+}
+_REPLIES: Final = ("receive", "refresh", "send_eof")
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_stream_after_an_operation_was_cancelled(
+    net: Net, backend: Backend, policy: OffloadPolicy, body: str
+) -> None:
+    settings = ktls.Settings(offload=policy)
+
+    async def attempt(position: int, file: Any) -> bool:
+        peer = Peer(net, "server", reply=REPLY if body in _REPLIES else b"")
+        stream = await _connect(net, peer, settings)
+        work = Work(stream, file)
+        hit, _ = await cancelled_at(position, lambda: BODIES[body](work), peer)
+        if body == "sendfile":
+            work.sent[:] = pattern(file.tell())  # its position says how much has gone
+        if body in _REPLIES:
+            work.got += await receive_exactly(stream, len(REPLY) - len(work.got))
+            assert bytes(work.got) == REPLY
+        said_all = await _says_more(work)
+        await stream.aclose()
+        heard = await heard_by(peer)
+        if said_all:
+            assert heard.end == "close_notify"
+            assert len(heard.data) == len(work.sent)
+            assert heard.data == work.sent
+        else:
+            assert heard.data == pattern(len(heard.data))
+            closed = heard.end == "close_notify"
+            # A clean end says that everything has come.
+            assert not closed or len(heard.data) in (len(work.sent), 1000, SIZE)
+        return hit
+
+    async def main() -> int:
+        with tempfile.TemporaryFile() as file:
+            file.write(pattern(SIZE))
+            position = 0
+            while True:
+                file.seek(0)
+                if not await attempt(position, file):
+                    return position
+                position += 1
+                assert position < MOST
+
+    assert backend.run(main) >= 1
+
+
+async def _says_more(work: Work) -> bool:
+    """Send something after all that; False if the stream refuses, since it was closed, or an item was sent in part."""
+    try:
+        more = pattern(len(LATER), len(work.sent))
+        await work.stream.send(more)
+    except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+        return False
+    work.sent += more
+    return True
