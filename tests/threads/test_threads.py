@@ -145,7 +145,8 @@ def test_everybody_at_once(
     gc.collect()
     before = descriptors()
     seed += timeout is None  # both kinds of it, also in the short form
-    link = net.link(case, timeout=timeout, buffers=32 * 1024 if seed % 2 else None)
+    buffers = 32 * 1024 if seed % 2 else None
+    link = net.link(case, timeout=timeout, buffers=buffers, changing_peer=case.may_refresh)
     link.theirs.settimeout(PATIENCE)
     battle = Battle(link, seed, tmp_path, may_refresh=case.may_refresh)
     battle.join(link.ours, readers=1 + seed % 2)
