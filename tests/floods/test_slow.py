@@ -171,19 +171,21 @@ def test_half_open_handshakes_take_little(net: Net) -> None:
                 client.close()
             await until(lambda: not server._active)
 
-        await end(await begin(count))  # pays for caches
+        await end(await begin(20))  # pays for caches
         before = anonymous_memory()
         clients = await begin(count)
         taken = anonymous_memory() - before
         await end(clients)
-        await end(await begin(count))
+        before = anonymous_memory()  # the allocator may keep what was taken, once
+        for _ in range(2):
+            await end(await begin(count))
         left = anonymous_memory() - before
         server.close()
         return taken, left
 
     taken, left = Loop("functions").run(main)
-    assert taken / count < _HALF_OPEN
-    assert left / count < _HALF_OPEN / 8
+    assert 1 < taken / count < _HALF_OPEN
+    assert left / count < 2
 
 
 def has_answer(client: socket.socket) -> bool:
