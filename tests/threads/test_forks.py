@@ -141,7 +141,7 @@ def test_parent_is_not_disturbed(net: Net, case: Case) -> None:
     crew, stop, sent = Crew(), threading.Event(), [0]
 
     def write() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.001):
             link.ours.sendall(frame(1, sent[0]))
             sent[0] += 1
 
