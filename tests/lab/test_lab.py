@@ -49,19 +49,6 @@ def wait_until(path: Path, text: str, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture
-def machine_without_mirror(tmp_path: Path) -> dict[str, str]:
-    """An apt that knows one mirror and reaches none."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    apt = programs / "apt-get"
-    apt.write_text(
-        '#!/bin/sh\n[ "$1" = indextargets ] && echo http://mirror.invalid && exit\nexit 100\n'
-    )
-    apt.chmod(0o755)
-    return {"PATH": f"{programs}:{os.environ['PATH']}", "KTLS_LAB_CACHE": str(tmp_path / "cache")}
-
-
 def test_status_and_streams_are_those_of_the_command() -> None:
     result = lab("--", "sh", "-c", r"printf 'a\r\nb'; echo c >&2; exit 7")
     assert (result.returncode, result.stdout, result.stderr) == (7, "a\r\nb", "c\n")
