@@ -160,3 +160,19 @@ def test_pending_is_what_was_opened() -> None:
         assert receiver.pending() == 0
         assert receiver.recv_into(bytearray(30)) == 30
         assert receiver.pending() == 70
+
+
+def test_error_behind_data_does_not_hold_the_buffer() -> None:
+    """The error is kept for the next call; what it keeps alive must not be the caller's buffer."""
+    with loopback_pair() as (sock, theirs):
+        peer = RecordPeer(theirs, TLS13)
+        receiver = UserspaceReceiver(sock, TLS13, PEER_KEYS)
+        theirs.sendall(
+            peer.tx.seal(ContentType.APPLICATION_DATA, b"good") + b"\x17\x03\x03\xff\xff"
+        )
+        buffer = bytearray(100)
+        assert receiver.recv_into(buffer) == 4
+        del buffer[4:]
+        assert buffer == b"good"
+        with pytest.raises(RemoteProtocolError):
+            receiver.recv_into(buffer)

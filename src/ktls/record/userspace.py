@@ -257,7 +257,8 @@ class UserspaceReceiver:
             try:
                 # Also when there is no room for it: ``pending`` then shows what ``poll`` can't.
                 message = self._open()
-            except KTLSError:
+            except KTLSError as error:
+                error.__traceback__ = None  # it is kept, and would keep our view: the caller could not resize its buffer
                 return filled  # what was good is delivered first; the next call raises it
             if filled == len(view) or message.content_type != ContentType.APPLICATION_DATA:
                 return filled
