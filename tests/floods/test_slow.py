@@ -184,7 +184,7 @@ def test_half_open_handshakes_take_little(net: Net) -> None:
         return taken, left
 
     taken, left = Loop("functions").run(main)
-    assert 1 < taken / count < _HALF_OPEN
+    assert taken / count < _HALF_OPEN
     assert left / count < 2
 
 
