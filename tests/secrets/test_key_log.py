@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -13,7 +15,7 @@ import ktls
 from ktls.handshake.keylog import tap_for
 
 from ..sockets.helpers import Case, Net, read_exactly
-from ..support import TLS12, TLS13
+from ..support import TLS12, TLS13, has_kernel_tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,3 +110,35 @@ def test_erased_from_the_users_point_of_view_only_where_he_asked(
     assert sorted(labels) == sorted(set(labels))
     assert {"CLIENT_TRAFFIC_SECRET_0", "CLIENT_TRAFFIC_SECRET_1"} <= set(labels)
     assert not any(label.endswith("_N") for label in labels)
+
+
+#: Shakes hands with itself, in a process that others of the same user can't look into.
+_UNDUMPABLE: Final = """
+import ctypes, sys
+ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE
+from ktls.testing import loopback_pair
+import ssl, threading, ktls
+server = ktls.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.load_cert_chain(sys.argv[1])
+client = ktls.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+client.load_verify_locations(sys.argv[2])
+with loopback_pair() as (mine, theirs):
+    thread = threading.Thread(target=lambda: server.wrap_socket(theirs, server_side=True).recv())
+    thread.start()
+    with client.wrap_socket(mine, server_hostname="localhost") as tls:
+        print(tls.offload.tx)
+    thread.join()
+"""
+
+
+def test_goes_on_in_a_process_that_can_not_be_dumped(authority: Authority) -> None:
+    """docs/security.md advises it; without the key log the engine would have to go on."""
+    program = [sys.executable, "-c", _UNDUMPABLE]
+    found = subprocess.run(
+        [*program, str(authority.server_chain), str(authority.ca_file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=50,
+    )
+    assert found.stdout == ("kernel\n" if has_kernel_tls() else "userspace\n")
