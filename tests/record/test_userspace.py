@@ -162,14 +162,13 @@ def test_pending_is_what_was_opened() -> None:
         assert receiver.pending() == 70
 
 
-def test_error_behind_data_does_not_hold_the_buffer() -> None:
+@pytest.mark.parametrize("bad", [b"\x17\x03\x03\xff\xff", b"\x17\x03\x03\0\x20" + bytes(32)])
+def test_error_behind_data_does_not_hold_the_buffer(bad: bytes) -> None:
     """The error is kept for the next call; what it keeps alive must not be the caller's buffer."""
     with loopback_pair() as (sock, theirs):
         peer = RecordPeer(theirs, TLS13)
         receiver = UserspaceReceiver(sock, TLS13, PEER_KEYS)
-        theirs.sendall(
-            peer.tx.seal(ContentType.APPLICATION_DATA, b"good") + b"\x17\x03\x03\xff\xff"
-        )
+        theirs.sendall(peer.tx.seal(ContentType.APPLICATION_DATA, b"good") + bad)
         buffer = bytearray(100)
         assert receiver.recv_into(buffer) == 4
         del buffer[4:]

@@ -190,10 +190,13 @@ class UserspaceReceiver:
             if message.fragment:
                 break
             raise ControlRecord  # an empty record: the connection counts those
-        view = memoryview(buffer).cast("B")
-        if nbytes:
-            view = view[:nbytes]
-        return self._fill(view, message.fragment)
+        # Released at once: an error that is met behind the data is kept, and its frames with it; the caller could not resize its buffer.
+        with (
+            memoryview(buffer) as whole,
+            whole.cast("B") as octets,
+            octets[: nbytes or None] as view,
+        ):
+            return self._fill(view, message.fragment)
 
     def read_record(self, flags: int = 0) -> InboundPlainMessage | None:
         """See ``RecordReceiver``."""
@@ -257,8 +260,7 @@ class UserspaceReceiver:
             try:
                 # Also when there is no room for it: ``pending`` then shows what ``poll`` can't.
                 message = self._open()
-            except KTLSError as error:
-                error.__traceback__ = None  # it is kept, and would keep our view: the caller could not resize its buffer
+            except KTLSError:
                 return filled  # what was good is delivered first; the next call raises it
             if filled == len(view) or message.content_type != ContentType.APPLICATION_DATA:
                 return filled
