@@ -114,13 +114,12 @@ def test_an_anyio_listener_ends_a_handshake_that_stops(
             client.setblocking(False)
             client.sendall(client_hello(net.context("stdlib", "client"))[:50])
             with anyio.fail_after(20):
-                while not ended(client):
+                while not ended(client) or "TimeoutError" not in caplog.text:
                     await anyio.sleep(0.005)
             tasks.cancel_scope.cancel()
         await listener.aclose()
 
     anyio.run(main)
-    assert "TimeoutError" in caplog.text
 
 
 def test_a_blocking_socket_ends_a_handshake_that_drips(net: Net) -> None:
@@ -185,7 +184,7 @@ def test_half_open_handshakes_take_little(net: Net) -> None:
 
     taken, left = Loop("functions").run(main)
     assert taken / count < _HALF_OPEN
-    assert left / count < 2
+    assert left / (2 * count) < _HALF_OPEN / 8  # nothing, but for what the allocator does
 
 
 def has_answer(client: socket.socket) -> bool:
