@@ -73,6 +73,7 @@ def test_every_promise_has_a_test() -> None:
         assert named_in(row), row
 
 
+@cache
 def names_used(source: Path) -> set[str]:
     """Every name and attribute that a file mentions."""
     nodes = list(ast.walk(ast.parse(source.read_text(), str(source))))

@@ -159,7 +159,8 @@ def read_all_or_nothing(tls: ktls.KTLSSocket) -> bytes:
         return b""
 
 
-CASES: Final = matrix(peers=("ktls",))
+#: Without kernel TLS that is user space.
+CASES: Final = matrix(peers=("ktls",), offloads=("auto",))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)

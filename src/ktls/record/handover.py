@@ -83,8 +83,6 @@ def _check_at_rest(driver: Driver) -> None:
     receiving._look_first()
     if sending._error is not None or isinstance(receiving._end, OSError) or receiving._reading:
         raise LocalProtocolError("the connection has failed")
-    if receiving._install is not None:
-        raise LocalProtocolError("a key is being changed")
     if sending.owes:
         raise LocalProtocolError("what was accepted has not been sent")
 
