@@ -84,7 +84,8 @@ class RecordSender(Protocol):
     def send(self, data: ReadBuffer, flags: int = 0) -> int:
         """Send application data, as many records as needed; return how many bytes were accepted, at least 1.
 
-        Accepted bytes need no further call to be delivered, unless ``unsent`` says so, and except ``flush`` before closing.
+        Accepted bytes need no further call to be delivered, unless ``unsent`` says so, and except ``flush`` before closing. Raises ``OSError``, and
+        ``RemoteProtocolError`` if this is how the layer learns that the peer broke the rules. So do the others that send.
         """
         ...
 

@@ -13,7 +13,8 @@ says that something else is next, and about what it does not say (measured on 6.
   with that byte by chance, stops it too: then we set the *old* key at its current sequence number before the next read.
 - Framing errors are reported once; then reads wait for ever and ``poll`` is silent. After ECONNRESET or EPIPE was reported once,
   ``send`` pretends to succeed and drops the data. So both halves remember their first fatal error.
-- A failed read leaves its error in SO_ERROR, where the next send would find it: it is cleared, so that the alert can go out.
+- A failed read leaves its error in SO_ERROR, where the next send would find it: it is cleared, so that the alert can go out. The kernel also looks at the next
+  header before anybody reads; then a send is the first to be told that it is a bad one.
 - ``close`` and ``shutdown`` throw away what is still queued above TCP. A *blocking* ``send`` that has returned has no such rest. After a non-blocking one there may be: a kernel thread
   moves it when the peer has acknowledged something, and until it runs even ``SIOCOUTQ == 0`` proves nothing (measured: of 172 closes with small buffers, 2 lost data although it was seen twice).
   So we count. What was given to us, and as many headers and tags as the kernel has made records, has to have been acknowledged (``tcpi_bytes_acked``). ``flush`` is that test.
@@ -237,9 +238,20 @@ class KernelSender:
         records = self.sequence_number() - self._first
         return self._base + self._octets + records * self._suite.record_overhead
 
+    @property
+    def sock(self) -> socket.socket:
+        """The socket."""
+        return self._sock
+
     def _note(self, error: OSError) -> None:
+        """Remember a fatal error. Raises ``RemoteProtocolError`` if it is one of receiving, which nobody has read yet."""
         if error.errno in DEAD_ERRNOS:
             self._dead = error
+        elif error.errno in _READ_ERRORS:
+            # The kernel tells it to whoever comes first, and asking clears it. A reader who waits would go on waiting.
+            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == error.errno:
+                self._sock.shutdown(socket.SHUT_RD)
+                raise RemoteProtocolError(*_READ_ERRORS[error.errno]) from error
 
     def _dead_again(self) -> OSError:
         assert self._dead is not None

@@ -325,7 +325,11 @@ class ReceivingHalf:
         """Read one record by the slow path and run what follows from it. Under the rx lock."""
         self._look_first()
         if self._install is not None:
-            self._try_again(self._install)
+            try:
+                self._install_key(self._install)
+            except OSError as error:
+                self._failed(error)
+                raise
             return
         self._reading = True
         try:
@@ -352,13 +356,6 @@ class ReceivingHalf:
         self._reading = False
         self._failed(error := torn("the reading of a record"))
         raise error
-
-    def _try_again(self, item: UpdateRxKey) -> None:
-        try:
-            self._install_key(item)
-        except OSError as error:
-            self._failed(error)
-            raise
 
     def _process(self, message: InboundPlainMessage) -> Sequence[ConnectionState]:
         """Let the connection say what follows, and queue what is to be sent. No sender may see a failure without its reason."""
@@ -412,9 +409,13 @@ class ReceivingHalf:
             self._on_key_change(Direction.RX, KeyChangeCause.PEER)
 
     def _truncated(self) -> None:
-        self._end = TruncatedError(
-            "the TCP connection ended without close_notify: the data may be incomplete"
-        )
+        failure = self._sending.failure
+        if isinstance(failure, RemoteProtocolError):
+            self._end = failure  # a send was told, and ended reading
+        else:
+            self._end = TruncatedError(
+                "the TCP connection ended without close_notify: the data may be incomplete"
+            )
         self._mark()
 
     def _failed(self, error: OSError) -> None:

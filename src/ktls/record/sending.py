@@ -13,12 +13,19 @@ from typing import Final, final
 
 from ktls.protocol.connection import KernelConnection
 from ktls.protocol.enums import ContentType, Direction
-from ktls.protocol.errors import KeyLimitError, KTLSError, LocalProtocolError
+from ktls.protocol.errors import (
+    KeyLimitError,
+    KTLSError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from ktls.protocol.messages import build_alert
 from ktls.protocol.states import ConnectionState, HalfState, SendMessage, UpdateTxKey
 from ktls.protocol.suites import MAX_FRAGMENT
 
 from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordSender
 from .interruption import acquire_and_note, torn
+from .kernel import KernelSender
 from .meter import Meter
 
 __all__ = ("SendingHalf",)
@@ -87,7 +94,7 @@ class SendingHalf:
         self._tried: tuple[SendMessage, int] | None = None
         #: A network error, or the end of the key: raised by every further ``send``.
         self._error: OSError | None = None
-        #: What made the connection fail, if the receiving half found it.
+        #: What made the connection fail: the receiving half found it, or the kernel told a send.
         self.failure: OSError | None = None
         #: The socket, once nobody reads it any more while the kernel goes on looking at what comes.
         self.unread: socket.socket | None = None
@@ -393,7 +400,18 @@ class SendingHalf:
             self._owed += commands
 
     def _failed(self, error: OSError) -> None:
-        """Remember a network error: the kernel reports it once, and then pretends to send."""
+        """Remember a network error: the kernel reports it once, and then pretends to send. And what the peer did wrong, if a send is told first. Under the tx lock."""
         if error.errno in DEAD_ERRNOS:
             self.look_first()
             self._error = self._error or error
+        elif isinstance(error, RemoteProtocolError) and isinstance(self._sender, KernelSender):
+            self.unread = self._sender.sock
+            with self._state_lock:
+                if self.failure is None:
+                    self.failure = error
+                    may_alert = self._connection.tx_state in (HalfState.OPEN, HalfState.EXHAUSTED)
+                    self._connection.fail()
+                    if may_alert:
+                        self.alert(build_alert(error.alert))
+            if self._direct:  # else it goes out when the lock is released
+                self.run_owed()
