@@ -1,7 +1,7 @@
 # `make help` says what there is. The tests run three times: on this machine, and on two user-mode kernels of the lab.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format clean lab
+.PHONY: help demo test trust lint types format clean lab
 
 # Interpreter of the virtual environment: the newest is not needed, 3.11 is the oldest that works.
 PYTHON ?= python3
@@ -16,6 +16,9 @@ demo: $(STAMP) ## show what it does, on this machine and in the lab
 
 test: $(STAMP) ## all tests: here, on a kernel with rekey, on a kernel without; then coverage
 	lab/test
+
+trust: $(STAMP) ## the long forms: every fault and flood, the whole matrix, fuzzing, the newest Python, soak and long run (two hours)
+	lab/trust
 
 lint: $(STAMP) ## ruff: mistakes and format
 	$(RUN) ruff check .
