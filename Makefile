@@ -17,7 +17,7 @@ demo: $(STAMP) ## show what it does, on this machine and in the lab
 test: $(STAMP) ## all tests: here, on a kernel with rekey, on a kernel without; then coverage
 	lab/test
 
-trust: $(STAMP) ## the long forms: every fault and flood, the whole matrix, fuzzing, the newest Python, soak and long run (two hours)
+trust: $(STAMP) ## the long forms of what speaks for trust: faults, floods, matrix, fuzzing, soak, the newest Python (two hours)
 	lab/trust
 
 lint: $(STAMP) ## ruff: mistakes and format
