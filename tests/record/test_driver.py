@@ -290,7 +290,9 @@ def test_reader_never_waits_for_a_blocked_sender(layer: Layer) -> None:
         assert r.driver.owes
         assert r.peer.read_data(total + size) == bytes(total) + pattern(size)
         sender.result()
-        eventually(lambda: not r.driver.owes, "the sender left, and the answer stayed")
+        # It ran what was owed, unless its own last bytes had filled TCP's buffer: then that is left to whoever comes next.
+        r.driver.run_owed()
+        assert not r.driver.owes
         r.driver.send(b"x")
         assert r.peer.read_data(1) == b"x"
         assert r.peer.rx_generation == 1
