@@ -15,6 +15,7 @@ from ktls.record.carrying import (
 )
 from ktls.record.catchup import CatchUpReceiver
 from ktls.record.kernel import attach
+from ktls.record.snapshot import ReceiverSnapshot, SenderSnapshot, SnapshotLayer
 from ktls.record.userspace import UserspaceReceiver, UserspaceSender
 from ktls.testing import RecordPeer, loopback_pair, made_up_keys, made_up_secret, pattern
 from ktls.testing.bench import receive
@@ -127,3 +128,23 @@ def test_keys_are_not_made_up() -> None:
         carried = snapshot_sender(sender)
         with pytest.raises(ValueError, match="neither"):
             restore_sender(sock, TLS13, carried, None)
+
+
+def test_nothing_is_left_unset() -> None:
+    """Successors are made without their constructors: a new attribute of a layer must not be forgotten here."""
+    with loopback_pair() as (sock, _):
+        sender = restore_sender(
+            sock,
+            TLS13,
+            SenderSnapshot(layer="kernel", can_change_key=True, max_fragment=99, sequence_number=0),
+            None,
+        )
+        made: list[object] = [sender]
+        layers: tuple[SnapshotLayer, ...] = ("kernel", "catchup", "userspace")
+        for layer in layers:
+            snapshot = ReceiverSnapshot(layer=layer, can_change_key=True)
+            made.append(restore_receiver(sock, TLS13, snapshot, made_up_secret(TLS13, "peer")))
+        for half in made:
+            slots: tuple[str, ...] = getattr(type(half), "__slots__", ())
+            assert slots
+            assert [slot for slot in slots if not hasattr(half, slot)] == []
