@@ -32,6 +32,7 @@ import time
 from typing import Final, final
 
 from ktls.handshake.handoff import RecordDriver
+from ktls.record.interface import DEAD_ERRNOS
 from ktls.record.tcp import queued_by_tcp
 
 from .files import FileSocket
@@ -43,11 +44,13 @@ __all__ = (
     "close_in_background",
     "drop_unread",
     "finish",
+    "may_pass",
     "shut_down",
     "try_finish",
 )
 
 _DROP_READS: Final = 64
+_PASSING: Final = (errno.EINTR, errno.ENOMEM, errno.ENOBUFS)
 #: Milliseconds between two looks at what is acknowledged.
 _TICK: Final = 2
 _DROP_SIZE: Final = 64 * 1024
@@ -73,25 +76,50 @@ os.register_at_fork(after_in_child=_process.forked)
 def finish(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
     """Send everything accepted, then close_notify, then FIN, waiting ``timeout`` seconds at most.
 
-    Raises ``TimeoutError`` if not all went out, and ``OSError`` from the network.
+    Raises ``TimeoutError`` if not all went out, and ``OSError`` from the network. An error that may pass (no memory) is waited out.
     """
     deadline = time.monotonic() + timeout
-    try:
-        if driver.tx_layer == "kernel" and driver.tx_closed:
-            # It went out without waiting: that proves nothing.
-            _wait_for_acknowledgement(sock, driver, deadline)
-        elif driver.tx_layer == "kernel":
-            _close_notify_blocking(sock, driver, timeout)
-        else:
-            _close_notify_polling(sock, driver, deadline)
-        if driver.refused_in_kernel:
-            # Nobody can read what was refused, so ``close`` will reset the connection: the alert must have arrived.
-            _wait_for_acknowledgement(sock, driver, deadline)
-    except BlockingIOError:
-        raise TimeoutError(
-            errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
-        ) from None
+    pause = select.poll()
+    while True:
+        try:
+            _say_all(sock, driver, timeout, deadline)
+            break
+        except BlockingIOError:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
+            ) from None
+        except OSError as error:
+            if not may_pass(error) or time.monotonic() >= deadline:
+                raise
+        pause.poll(_TICK)
     shut_down(sock)
+
+
+def _ends_closing(error: OSError) -> bool:
+    """Whether ``error`` says that nobody wants anything any more, or that TLS has failed before. EBADMSG is what a reader has left."""
+    return (
+        isinstance(error, ssl.SSLError)
+        or error.errno in DEAD_ERRNOS
+        or error.errno in (errno.EBADMSG, errno.EBADF)
+    )
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether ``error`` says something about this moment only: who closes has to try again, or what was accepted is lost."""
+    return error.errno in _PASSING and not isinstance(error, ssl.SSLError)
+
+
+def _say_all(sock: socket.socket, driver: RecordDriver, timeout: float, deadline: float) -> None:
+    if driver.tx_layer == "kernel" and driver.tx_closed:
+        # It went out without waiting: that proves nothing.
+        _wait_for_acknowledgement(sock, driver, deadline)
+    elif driver.tx_layer == "kernel":
+        _close_notify_blocking(sock, driver, timeout)
+    else:
+        _close_notify_polling(sock, driver, deadline)
+    if driver.refused_in_kernel:
+        # Nobody can read what was refused, so ``close`` will reset the connection: the alert must have arrived.
+        _wait_for_acknowledgement(sock, driver, deadline)
 
 
 def _close_notify_blocking(sock: socket.socket, driver: RecordDriver, timeout: float) -> None:
@@ -146,8 +174,10 @@ def try_finish(sock: socket.socket, driver: RecordDriver) -> bool:
     try:
         driver.close_notify(socket.MSG_DONTWAIT, patience=0)
         driver.flush(socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or may_pass(error):
+            return False
+        raise
     shut_down(sock)
     return True
 
@@ -283,7 +313,9 @@ class ClosingSocket(FileSocket):
                 return True
         except TimeoutError:
             raise  # data was lost, and only we know
-        except OSError:
+        except OSError as error:
+            if not _ends_closing(error):
+                raise  # the same
             return False  # the peer has gone: that is what closing is for
         drop_unread(self._raw)
         return False

@@ -13,9 +13,12 @@ from typing import Any, Final, Generic, Literal, TypeVar
 from ..sockets.helpers import PATIENCE, Net, Role
 from ..support import HOST, TLS13
 
-__all__ = ("MODES", "CancelAt", "Heard", "Mode", "Peer")
+__all__ = ("BUFFER", "MODES", "CancelAt", "Heard", "Mode", "Peer")
 
 _T = TypeVar("_T")
+
+#: So much do TCP's buffers take, about.
+BUFFER: Final = 64 * 1024
 
 #: ``early``: while the task waits. ``late``: what it waits for has happened, but it has not gone on yet.
 Mode = Literal["early", "late"]
@@ -95,6 +98,7 @@ class Peer:
         if role == "server":
             self._listener = net.keep(socket.create_server(("127.0.0.1", 0)))
             self._listener.settimeout(PATIENCE)
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
             self.address: tuple[str, int] = self._listener.getsockname()
             self._thread = net.spawn(self._serve, self._listener)
         else:

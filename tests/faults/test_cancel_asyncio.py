@@ -9,6 +9,7 @@ import asyncio
 import gc
 import io
 import os
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ..aio.conftest import open_sockets
 from ..aio.helpers import Loop, turns, until
 from ..sockets.helpers import Net
 from ..support import HOST, has_kernel_tls, has_rekey
-from .cancelling import MODES, CancelAt, Mode, Peer
+from .cancelling import BUFFER, MODES, CancelAt, Mode, Peer
 
 if TYPE_CHECKING:
     from ktls.handshake.handoff import OffloadPolicy
@@ -207,7 +208,7 @@ class Work:
 
 REPLY: Final = pattern(300_000)
 #: More than TCP takes at once.
-SIZE: Final = 5_000_000
+SIZE: Final = 1_500_000
 
 
 async def _read(work: Work) -> None:
@@ -275,6 +276,8 @@ def test_a_connection_goes_on_when_an_operation_is_cancelled(
         replies = body in ("read", "refresh", "half_close")
         peer = Peer(net, "server", reply=REPLY if replies else b"")
         reader, writer = await _open(net, peer, settings)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         work = Work(reader, writer, peer, file)
         asyncio.get_running_loop().call_later(0.003, peer.go.set)
         hit, error, _ = await cancelled_at(position, mode, lambda: BODIES[body](work))
@@ -289,8 +292,8 @@ def test_a_connection_goes_on_when_an_operation_is_cancelled(
             work.write(1000)
         writer.close()
         # Whoever cancels ``wait_closed`` makes it useless, on these streams; but the closing goes on.
-        sock = writer.transport._sock
-        await until(lambda: sock.fileno() < 0)
+        held = writer.transport._sock
+        await until(lambda: held.fileno() < 0)
         heard = await asyncio.to_thread(peer.result)
         assert heard.end == "close_notify"
         assert len(heard.data) == len(work.written)

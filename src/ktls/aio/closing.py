@@ -24,6 +24,8 @@ import errno
 import weakref
 from typing import TYPE_CHECKING, Final, final
 
+from ktls.closing import may_pass
+
 from .writing import say_close_notify
 
 if TYPE_CHECKING:
@@ -84,8 +86,11 @@ class Closer:
         except BlockingIOError:
             self._look_later()
             return
-        except OSError:
-            pass  # the peer has gone: that is what closing is for
+        except OSError as error:
+            if may_pass(error):
+                self._look_after_a_while()
+                return
+            # The peer has gone: that is what closing is for.
         transport.end(self._error)
 
     def _look_later(self) -> None:
@@ -97,6 +102,10 @@ class Closer:
         if transport.hung_up():
             transport.end(self._error)  # nobody is there who could acknowledge anything
             return
+        self._look_after_a_while()
+
+    def _look_after_a_while(self) -> None:
+        transport = self._transport
         if self._timer is None:
             self._timer = transport.loop.call_later(self._pause, self._look)
             self._pause = min(2 * self._pause, _LAST_PAUSE)
