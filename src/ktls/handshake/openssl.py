@@ -90,7 +90,8 @@ class OpenSSLHandshake:
         if server_side:
             watch_switches(context)
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        sslobject = context.wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+        with gate:  # from Python 3.13 on a context has a lock of its own, and a child would wait for it for ever
+            sslobject = context.wrap_bio(incoming, outgoing, server_side, server_hostname, session)
         if isinstance(sslobject, Switchable):
             sslobject.ktls_on_switch = weakref.WeakMethod(self._context_switched)
         self._engine: EngineObject | None = EngineObject(sslobject, incoming, outgoing)
