@@ -287,12 +287,8 @@ class ReceivingHalf:
 
     def _mark(self) -> None:
         """Note whether the next read is a special case. Inside a handshake message every record is looked at, data too."""
-        self._special = (
-            bool(self._early)
-            or self._end is not None
-            or self._install is not None
-            or self._connection.fragment_pending
-        )
+        held = self._early or self._end is not None or self._install is not None
+        self._special = bool(held) or self._connection.fragment_pending
 
     def _at_end(self) -> int:
         if isinstance(self._end, OSError):
@@ -310,11 +306,11 @@ class ReceivingHalf:
             self.grant = self._granted = self._meter.spare()
 
     def _look_at_rx(self) -> None:
+        octets, now = self._meter.octets, self._clock()
         try:
             number = self._receiver.sequence_number()
         except OSError:
-            return  # what was received belongs to the caller, whatever the kernel says; the next read looks again
-        octets, now = self._meter.octets, self._clock()
+            return  # what was received belongs to the caller; the next read looks again
         with self._state_lock:
             self._sending.follow(
                 lambda: self._connection.record_usage(Direction.RX, number, octets=octets, now=now)
@@ -366,12 +362,9 @@ class ReceivingHalf:
                 return self._sending.follow(
                     lambda: self._connection.process_message(message, now=now)
                 )
-            except LocalProtocolError as error:
-                # The connection has failed before: whoever found that knows why.
-                self._end = self._sending.failure or error
-                self._special = True
-                raise self._end.with_traceback(None) from None
             except KTLSError as error:
+                if isinstance(error, LocalProtocolError) and self._sending.failure is not None:
+                    raise self._sending.failure from None  # it has failed before, and here is why
                 self._fail(error, may_alert)
                 raise
 
