@@ -452,6 +452,15 @@ def _bad_record_spliced(w: World) -> None:
     w.receive_file(1)  # RemoteProtocolError, and an alert
 
 
+@_scenario(kernel_rx=True, whole=False)
+def _bad_record_met_by_send(w: World) -> None:
+    w.set_up()
+    w.peer.send_raw(b"\x17\x03\x03\xff\xff" + bytes(100))
+    if w.driver.tx_layer == "kernel":  # in user space the sender takes the error from the reader
+        w.send(10)
+    w.receive(1)  # RemoteProtocolError at one of them, and an alert
+
+
 @_scenario(whole=False)
 def _not_tls_seen_by_settle(w: World) -> None:
     w.set_up()

@@ -249,9 +249,11 @@ class KernelSender:
             self._dead = error
         elif error.errno in _READ_ERRORS:
             # The kernel tells it to whoever comes first, and asking clears it. A reader who waits would go on waiting.
-            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == error.errno:
-                self._sock.shutdown(socket.SHUT_RD)
-                raise RemoteProtocolError(*_READ_ERRORS[error.errno]) from error
+            told = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if told in _READ_ERRORS:
+                with contextlib.suppress(OSError):  # the report must not get lost
+                    self._sock.shutdown(socket.SHUT_RD)
+                raise RemoteProtocolError(*_READ_ERRORS[told]) from error
 
     def _dead_again(self) -> OSError:
         assert self._dead is not None
