@@ -191,7 +191,7 @@ def close_in_background(sock: socket.socket, driver: RecordDriver, timeout: floa
                 finish(sock, driver, timeout)
             except OSError:
                 pass  # nobody is left who could be told
-            drop_unread(sock)
+            drop_unread(sock, driver)
 
     try:
         threading.Thread(target=run, name="ktls-close").start()
@@ -199,8 +199,10 @@ def close_in_background(sock: socket.socket, driver: RecordDriver, timeout: floa
         run()
 
 
-def drop_unread(sock: socket.socket) -> None:
-    """Read and drop what has come in, so that ``close`` does not reset the connection."""
+def drop_unread(sock: socket.socket, driver: RecordDriver | None = None) -> None:
+    """Read and drop what has come in, so that ``close`` does not reset the connection. What the kernel of ``driver`` can't open it could not drop either."""
+    if driver is not None and driver.refused_in_kernel:
+        return
     for _ in range(_DROP_READS):
         try:
             data, control, _, _ = sock.recvmsg(
@@ -317,7 +319,7 @@ class ClosingSocket(FileSocket):
             if not _ends_closing(error):
                 raise  # the same
             return False  # the peer has gone: that is what closing is for
-        drop_unread(self._raw)
+        drop_unread(self._raw, driver)
         return False
 
     def _wake(self) -> None:

@@ -132,7 +132,7 @@ async def fill(stream: KTLSStream, piece: bytes = bytes(16384)) -> int:
         group.start_soon(send)
         while True:
             seen = whole
-            await anyio.sleep(0.3)  # longer than TCP's timers, which may still move something
+            await anyio.sleep(0.1)
             if seen == whole:
                 break
         group.cancel_scope.cancel()

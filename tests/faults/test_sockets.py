@@ -179,6 +179,8 @@ def _plan(calls: list[Call], salt: str) -> Iterator[tuple[int, Fault]]:
             else FAULTS[:-1]
         )
         if not WHOLE_PRODUCT:
+            if (start + position) % 3:  # each of the three talks begins elsewhere
+                continue
             faults = (faults[(start + 5 * position) % len(faults)],)
         for fault in faults:
             yield position, fault
@@ -209,7 +211,7 @@ def test_each_call_fails_once(
         with contextlib.suppress(UnboundLocalError):
             del done
         eventually(lambda before=before: _left(net, before) == set(), "no descriptor is left")  # type: ignore[misc]
-    assert hits >= len(clean.calls) / 2
+    assert hits >= len(clean.calls) / (2 if WHOLE_PRODUCT else 6)
 
 
 def _left(net: Dialling, before: set[str]) -> set[str]:

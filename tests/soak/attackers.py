@@ -29,7 +29,7 @@ from ..peers.parties import HOST, TLS12, TLS13, payload
 from ..peers.programs import Program
 from ..peers.scripted import CIPHERS, UPDATE, ScriptedPeer
 from .misdeeds import BEHAVIOURS, CLEAN, Behaviour
-from .victim import NAME
+from .victim import NAME, PIECE
 
 PATIENCE: Final = 120.0
 #: Bytes of a connection.
@@ -318,14 +318,16 @@ def act_as_client(peer: ScriptedPeer, plan: Plan, behaviour: Behaviour, rng: ran
 
 def act_as_server(peer: ScriptedPeer, plan: Plan, behaviour: Behaviour, rng: random.Random) -> None:
     text = text_of(plan.name, plan.length, plan.seed)
-    half = min(20_000, len(text)) // 2
-    while plan.received < half:
+    while plan.received < PIECE:
         echo_one(peer, plan)
+    # The next piece comes when all of this one has been read: so nothing that the kernel refuses comes together with good data, which would make it try twice.
+    record = next_record(peer)
     behaviour.act(peer, rng)
     if behaviour.expected != CLEAN:
         plan.size = plan.received
         wait_for_the_end(peer, behaviour)
         return
+    echo(peer, plan, record)
     while plan.received < len(text):
         echo_one(peer, plan)
     assert next_record(peer) == (21, b"\x01\x00"), "no close_notify"
@@ -333,7 +335,10 @@ def act_as_server(peer: ScriptedPeer, plan: Plan, behaviour: Behaviour, rng: ran
 
 
 def echo_one(peer: ScriptedPeer, plan: Plan) -> None:
-    record = next_record(peer)
+    echo(peer, plan, next_record(peer))
+
+
+def echo(peer: ScriptedPeer, plan: Plan, record: tuple[int, bytes] | None) -> None:
     assert record is not None, "closed early"
     assert record[0] == 23, f"{record[0]} in place of data"
     plan.received += len(record[1])

@@ -26,6 +26,8 @@ from .leaks import Descriptors, find_leaks
 
 #: Length of the name that a stream begins with.
 NAME: Final = 12
+#: Bytes that our client sends before it waits for all of them to come back.
+PIECE: Final = 20_000
 #: Records under one key; the kernel's own counter decides.
 RECORDS: Final = 200
 
@@ -183,8 +185,8 @@ class Victim:
         text: bytes,
         account: Account,
     ) -> None:
-        for at in range(0, len(text), 20_000):
-            piece = text[at : at + 20_000]
+        for at in range(0, len(text), PIECE):
+            piece = text[at : at + PIECE]
             writer.write(piece)
             await writer.drain()
             account.sent += len(piece)

@@ -309,7 +309,7 @@ class KTLSTransport(WritingTransport):
         finally:
             self._lost_offload = self.offload
             if self._closer is not None:
-                drop_unread(self._sock)
+                drop_unread(self._sock, self._driver)
             self._sock.close()
             if self._closer is not None:
                 observer = self._closer.observer

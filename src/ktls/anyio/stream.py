@@ -323,7 +323,7 @@ class KTLSStream(WaitingStream, ByteStream):
                 errno.ETIMEDOUT, f"the peer did not take all data within {timeout:g} seconds"
             )
             raise BrokenResourceError from self._error
-        drop_unread(self._sock)
+        drop_unread(self._sock, self._driver)
 
     async def _deliver(self) -> None:
         """Wait until the peer's TCP has everything. There is no event for that; see ``ktls.closing``."""
@@ -333,7 +333,7 @@ class KTLSStream(WaitingStream, ByteStream):
         while not try_finish(self._sock, self._driver):
             if any(events & select.POLLHUP for _, events in poller.poll(0)):
                 return  # nobody is there who could acknowledge anything
-            drop_unread(self._sock)  # a peer that has to send first can go on
+            drop_unread(self._sock, self._driver)  # a peer that has to send first can go on
             await anyio.sleep(tick)
             tick = min(2 * tick, _LAST_TICK)
 

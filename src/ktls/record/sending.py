@@ -404,8 +404,9 @@ class SendingHalf:
         if error.errno in DEAD_ERRNOS:
             self.look_first()
             self._error = self._error or error
-        elif isinstance(error, RemoteProtocolError) and isinstance(self._sender, KernelSender):
-            self.unread = self._sender.sock
+        elif isinstance(error, RemoteProtocolError):
+            if isinstance(self._sender, KernelSender):
+                self.unread = self._sender.sock
             with self._state_lock:
                 if self.failure is None:
                     self.failure = error
