@@ -200,8 +200,8 @@ def close_in_background(sock: socket.socket, driver: RecordDriver, timeout: floa
 
 
 def drop_unread(sock: socket.socket, driver: RecordDriver | None = None) -> None:
-    """Read and drop what has come in, so that ``close`` does not reset the connection. What the kernel of ``driver`` can't open it could not drop either."""
-    if driver is not None and driver.refused_in_kernel:
+    """Read and drop what has come in, so that ``close`` does not reset the connection. What the kernel of ``driver`` can't open it can't drop either."""
+    if driver is not None and driver.stuck_in_kernel:
         return
     for _ in range(_DROP_READS):
         try:

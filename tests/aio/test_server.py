@@ -317,7 +317,7 @@ def test_out_of_descriptors(net: Net, loop: Loop, monkeypatch: pytest.MonkeyPatc
         return accept(self)
 
     async def main() -> None:
-        monkeypatch.setattr("ktls.aio.server._RETRY_DELAY", 0.05)
+        monkeypatch.setattr("ktls.aio.server._RETRY_DELAY", 1.0)
         guests = Guests()
         server = await serve(net, loop, guests)
         monkeypatch.setattr(socket.socket, "accept", refuse)

@@ -77,7 +77,8 @@ def test_each_call_fails_once(layers: Layers, scenario: Scenario) -> None:
     clean = run(scenario, layers)
     assert (clean.outcome == "whole") is scenario.whole
     hits = 0
-    for position, fault in _plan(clean.calls, f"{layers} {scenario.name}"):
+    plan = list(_plan(clean.calls, f"{layers} {scenario.name}"))
+    for position, fault in plan:
         where = f"{fault} instead of call {position}, {clean.calls[position]}"
         try:
             spoilt = run(scenario, layers, {position: fault})
@@ -88,7 +89,7 @@ def test_each_call_fails_once(layers: Layers, scenario: Scenario) -> None:
             error.add_note(where)
             raise
     # How often a full buffer is looked at is TCP's business: such a call may be missing.
-    assert hits >= len(clean.calls) * 0.4
+    assert hits >= min(len(plan), len(clean.calls)) * 0.4
     clean = spoilt = None
     gc.collect()  # errors hold the frames that they passed, and what is in these
     eventually(lambda: descriptors() <= before, "no descriptor is left")

@@ -6,6 +6,7 @@ tells of exactly these places, and an exception of the profiler takes the same w
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -52,6 +53,7 @@ def interrupted_at(place: int, work: Callable[[], object]) -> str | None:
         hit = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}{after}"
         raise Interrupted(hit)
 
+    gc.disable()  # finalisers of what other tests have left are not meant
     sys.setprofile(look)
     try:
         work()
@@ -59,4 +61,5 @@ def interrupted_at(place: int, work: Callable[[], object]) -> str | None:
         pass
     finally:
         sys.setprofile(None)
+        gc.enable()
     return hit

@@ -34,6 +34,7 @@ from ktls.protocol.errors import KeyLimitError, RemoteProtocolError
 from ktls.protocol.limits import DirectionUsage, KeyUsage
 from ktls.protocol.states import HalfState
 
+from .catchup import CatchUpReceiver
 from .interface import (
     KeyChangeObserver,
     LayerName,
@@ -42,6 +43,7 @@ from .interface import (
     RecordSender,
     WriteBuffer,
 )
+from .kernel import KernelReceiver
 from .receiving import ReceivingHalf
 from .sending import SendingHalf
 from .userspace import UserspaceReceiver
@@ -139,6 +141,14 @@ class Driver:
         return self.rx_layer == "kernel" and isinstance(
             self.failure, RemoteProtocolError | KeyLimitError
         )
+
+    @property
+    def stuck_in_kernel(self) -> bool:
+        """Whether the kernel has met a record that it can't open: neither that one nor what is behind it can be read, not even to be dropped."""
+        receiver: RecordReceiver | None = self.receiver
+        if isinstance(receiver, CatchUpReceiver):
+            receiver = receiver.kernel()
+        return isinstance(receiver, KernelReceiver) and receiver.dead
 
     def pending(self) -> int:
         """Return how many decrypted bytes are held in this process, invisible to ``poll``."""

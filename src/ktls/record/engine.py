@@ -52,6 +52,7 @@ class EngineDriver:
     #: As of a driver: it keeps its failures to itself.
     failure: Final = None
     refused_in_kernel: Final = False
+    stuck_in_kernel: Final = False
     #: As of a driver's halves: everything takes a look first.
     grant: Final = 0
 

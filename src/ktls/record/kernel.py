@@ -293,6 +293,11 @@ class KernelReceiver:
         """The socket, for reads that need nothing else as long as all is well. What goes wrong is for ``translate``."""
         return self._sock
 
+    @property
+    def dead(self) -> bool:
+        """Whether a read has failed for good."""
+        return self._dead is not None
+
     def recv_into(self, buffer: WriteBuffer, nbytes: int = 0, flags: int = 0) -> int:
         """See ``RecordReceiver``. One system call, unless a control record is next."""
         if self._halted:
