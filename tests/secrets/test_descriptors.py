@@ -129,12 +129,17 @@ def test_asyncio(
 ) -> None:
     """A server, its connections, and a connection that was taken over from the loop."""
 
+    served: list[asyncio.Task[Any] | None] = []
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(await reader.readexactly(4))
-        await writer.drain()
-        await ktls.aio.sendfile(writer.transport, io.BytesIO(b"file"))
-        await reader.read()
+        served.append(asyncio.current_task())
+        if data := await reader.read(4):
+            writer.write(data)
+            await writer.drain()
+            await ktls.aio.sendfile(writer.transport, io.BytesIO(b"file"))
+            await reader.read()
         writer.close()
+        await writer.wait_closed()
 
     async def main() -> Counter[str]:
         server_context, context = (net.context("ktls", role) for role in ("server", "client"))
@@ -146,8 +151,12 @@ def test_asyncio(
         )
         loop = asyncio.get_running_loop()
         plain, _ = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
+        upgraded_reader = asyncio.StreamReader()
         upgraded = await ktls.aio.start_tls(
-            plain, asyncio.Protocol(), context, server_hostname=HOST
+            plain,
+            asyncio.StreamReaderProtocol(upgraded_reader),
+            context,
+            server_hostname=HOST,
         )
         writer.write(b"ping")
         assert await reader.readexactly(8) == b"pingfile"
@@ -155,6 +164,8 @@ def test_asyncio(
         for transport in (writer, upgraded):
             transport.close()
         await writer.wait_closed()
+        await upgraded_reader.read()  # until it is lost
+        await asyncio.gather(*(task for task in served if task is not None))
         server.close()
         await server.wait_closed()
         return found
