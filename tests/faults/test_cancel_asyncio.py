@@ -311,4 +311,5 @@ def test_a_connection_goes_on_when_an_operation_is_cancelled(
                 position += 1
                 assert position < MOST
 
-    assert loop.run(main) >= 1
+    # Where all that is waited for is the peer's answer, a busy machine may have it at once.
+    assert loop.run(main) >= (0 if body in ("read", "refresh") else 1)
