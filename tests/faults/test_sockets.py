@@ -108,7 +108,7 @@ def run(
     done = Run(peer.heard)
     sock = peer.sock if server_side else net.dial(peer.address)
     sock.settimeout(10)
-    settings = ktls.Settings(offload=policy, shutdown_timeout=0.5)
+    settings = ktls.Settings(offload=policy, shutdown_timeout=2)
     tls: ktls.KTLSSocket | None = None
     with seam.opened():
         seam.watch(sock.fileno())
