@@ -28,11 +28,12 @@ class Coverage:
     def trace(self, execute: Callable[[], object]) -> bool:
         """Call ``execute`` and say whether it reached anything new."""
         known = len(self.seen)
+        before = sys.gettrace()  # that of coverage, in `make test`
         sys.settrace(self._call)
         try:
             execute()
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         return len(self.seen) > known
 
     def _call(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
