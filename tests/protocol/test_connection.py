@@ -175,6 +175,19 @@ def test_rule_1_answers_are_coalesced_while_one_is_owed() -> None:
     assert receive(conn, handshake(KU_REQUEST)) == [rx_key(conn, 5), SEND_KU, tx_key(conn, 2)]
 
 
+def test_key_changes_that_wait_do_not_pile_up() -> None:
+    """Sixteen are as new as a thousand. A request to the peer still gets through."""
+    conn = connect()
+    for _ in range(16):
+        assert conn.refresh_traffic_keys(now=0.0) != ()
+    assert conn.refresh_traffic_keys(now=0.0) == ()
+    assert conn.tx_generation == 16
+    assert conn.refresh_traffic_keys(True, now=0.0) != ()
+    for generation in range(1, 18):
+        conn.tx_key_installed(generation)
+    assert conn.refresh_traffic_keys(now=0.0) != ()
+
+
 def test_rule_1_a_refresh_of_our_own_is_not_an_answer() -> None:
     conn = connect()
     assert conn.refresh_traffic_keys(now=0.0) == (SEND_KU, tx_key(conn, 1))
