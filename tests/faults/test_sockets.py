@@ -210,7 +210,7 @@ def test_each_call_fails_once(
             raise
         with contextlib.suppress(UnboundLocalError):
             del done
-        eventually(lambda before=before: _left(net, before) == set(), "no descriptor is left")  # type: ignore[misc]
+        eventually(lambda before=before: _left(net, before) == set(), "no descriptor is left")  # type: ignore[misc]  # mypy does not infer a lambda with a default
     assert hits >= len(clean.calls) / (2 if WHOLE_PRODUCT else 6)
 
 

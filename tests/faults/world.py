@@ -152,7 +152,7 @@ class World:
         self.offered += size
         while data:
             piece = data[:PIECE]
-            count = self.retry(lambda piece=piece: self._send(piece, vector))  # type: ignore[misc]
+            count = self.retry(lambda piece=piece: self._send(piece, vector))  # type: ignore[misc]  # mypy does not infer a lambda with a default
             self._took(count, len(piece))
             data = data[count:]
 
@@ -196,7 +196,7 @@ class World:
         offset = 0
         while offset < wanted:
             count = self.retry(
-                lambda offset=offset: self.driver.sendfile(fd, offset, min(wanted - offset, PIECE))  # type: ignore[misc]
+                lambda offset=offset: self.driver.sendfile(fd, offset, min(wanted - offset, PIECE))  # type: ignore[misc]  # mypy does not infer a lambda with a default
             )
             if not count:
                 break
@@ -214,7 +214,7 @@ class World:
         while len(self.got) < end:
             with memoryview(buffer)[: end - len(self.got)] as view:
                 count = self.retry(
-                    lambda view=view: self._receive(view, now),  # type: ignore[misc]
+                    lambda view=view: self._receive(view, now),  # type: ignore[misc]  # mypy does not infer a lambda with a default
                     reading=True,
                 )
                 assert count, "an end of the stream too early"
@@ -238,7 +238,7 @@ class World:
         try:
             while moved < size:
                 want = size - moved
-                count = self.retry(lambda want=want: mover.move(want), reading=True)  # type: ignore[misc]
+                count = self.retry(lambda want=want: mover.move(want), reading=True)  # type: ignore[misc]  # mypy does not infer a lambda with a default
                 assert count, "an end of the stream too early"
                 moved += count
         finally:

@@ -148,7 +148,7 @@ def test_a_transport_that_writes_to_it(net: Net, loop: Loop, layers: Layers) -> 
         for turn in range(1, 11):
             flood = b"".join(itertools.islice(_REQUESTS.messages(attacker), 30))
             theirs.sendall(flood + attacker.data(b"x"))
-            await until(lambda: keeper.diary.data == b"x" * turn)  # noqa: B023
+            await until(lambda: keeper.diary.data == b"x" * turn)  # noqa: B023  # it is awaited in the same turn
             assert waiting(driver) <= 2
         heard: list[tuple[int, bytes]] = []
         theirs.setblocking(False)

@@ -182,11 +182,11 @@ def test_parent_is_not_disturbed(net: Net, case: Case) -> None:
 def test_child_has_no_secrets_of_its_parent(net: Net) -> None:
     """And the other way round: what the child's handshakes log is not in the parent's file."""
     context: ktls.SSLContext = net.context("ktls", "client")
-    path = ssl.SSLContext.keylog_filename.__get__(context)  # type: ignore[attr-defined]
+    path = ssl.SSLContext.keylog_filename.__get__(context)  # type: ignore[attr-defined]  # typeshed has no descriptor here
     identity = os.stat(path).st_ino
 
     def child() -> None:
-        mine = ssl.SSLContext.keylog_filename.__get__(context)  # type: ignore[attr-defined]
+        mine = ssl.SSLContext.keylog_filename.__get__(context)  # type: ignore[attr-defined]  # typeshed has no descriptor here
         assert os.stat(mine).st_ino != identity
         names = [_inode(fd) for fd in os.listdir("/proc/self/fd")]
         # The ``ssl`` module held the parent's file open, and let go of it.

@@ -174,7 +174,7 @@ def test_what_was_not_read_yet_is_there_afterwards(tx: Layer, rx: Layer) -> None
             r.peer.send_raw(
                 r.peer.seal_data(b"first") + r.peer.seal_key_update() + r.peer.seal_data(b"second")
             )
-            hit = interrupted_at(place, lambda r=r: r.driver.recv_into(bytearray(5)))  # type: ignore[misc]
+            hit = interrupted_at(place, lambda r=r: r.driver.recv_into(bytearray(5)))  # type: ignore[misc]  # mypy does not infer a lambda with a default
             if hit is None:
                 break
             got = bytearray()

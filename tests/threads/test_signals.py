@@ -147,7 +147,7 @@ def abuse(tls: ktls.KTLSSocket, pest: Pest, seed: int, *, may_refresh: bool) -> 
     through, chance = [], random.Random(seed)
     try:
         for number in range(ROUNDS):
-            if pest.bother(lambda number=number: tls.sendall(frame(1, number))):  # type: ignore[misc]
+            if pest.bother(lambda number=number: tls.sendall(frame(1, number))):  # type: ignore[misc]  # mypy does not infer a lambda with a default
                 through.append(number)
             if may_refresh and chance.random() < 0.2:
                 pest.bother(tls.refresh_traffic_keys)

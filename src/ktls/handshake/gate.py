@@ -9,7 +9,7 @@ would import the codec ``idna``; so it is imported here.
 
 from __future__ import annotations
 
-import encodings.idna  # noqa: F401
+import encodings.idna  # noqa: F401  # a fork amid its first import would hang the child
 import threading
 from typing import Final
 
