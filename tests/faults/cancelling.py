@@ -41,6 +41,8 @@ class CancelAt(Generic[_T]):
         self._mode = mode
         #: Whether it came so far.
         self.hit = False
+        #: Called each time it waits.
+        self.on_wait: Callable[[], object] = lambda: None
 
     def __await__(self) -> Generator[Any, Any, _T]:
         value: Any = None
@@ -62,6 +64,7 @@ class CancelAt(Generic[_T]):
                 error = raised
 
     def _met(self, awaited: Any) -> None:
+        self.on_wait()
         self._left -= 1
         if self._left != -1:
             return
