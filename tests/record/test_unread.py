@@ -16,10 +16,11 @@ from ktls.record.driver import Driver
 from ktls.testing import eventually, wait_readable
 
 from .layers import TLS12, TLS13
-from .rig import rig
+from .rig import Layer, rig
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from ktls.protocol.suites import CipherSuite
 
@@ -108,3 +109,28 @@ def test_event_loop_hears_of_an_error_each_time(behind: bytes) -> None:
             driver.send(b"x")
         with pytest.raises(LocalProtocolError):
             driver.refresh_traffic_keys()
+
+
+@pytest.mark.parametrize("send", ["send", "send_vector", "refresh_traffic_keys"])
+@pytest.mark.parametrize("tx", ["kernel", "userspace"])
+@pytest.mark.rekey
+def test_sender_that_is_told_first_leaves_nobody_waiting(tx: Layer, send: str) -> None:
+    """The kernel tells it once. A reader who waits already, and who comes later, hear it all the same, and the peer gets the alert."""
+    with rig(tx, "kernel") as r:
+        driver = Driver(r.connection, r.sender.inner, r.driver.receiver)
+        r.peer.send_raw(TOO_LONG)
+        eventually(lambda: _has_error(r.sock), "the kernel looks at what came")
+        calls: dict[str, Callable[[], object]] = {
+            "send": lambda: driver.send(b"data"),
+            "send_vector": lambda: driver.send_vector([b"da", b"ta"]),
+            "refresh_traffic_keys": driver.refresh_traffic_keys,
+        }
+        for call in (calls[send], calls["send"]):
+            with pytest.raises(RemoteProtocolError, match="too long"):
+                call()
+            with pytest.raises(RemoteProtocolError, match="too long"):
+                driver.recv_into(bytearray(9))
+        assert isinstance(driver.failure, RemoteProtocolError)
+        if send != "refresh_traffic_keys":  # nothing of the data was accepted
+            overflow = build_alert(AlertDescription.RECORD_OVERFLOW)
+            assert r.peer.read_message() == InboundPlainMessage(ContentType.ALERT, overflow)

@@ -35,8 +35,7 @@ import socket
 import struct
 from typing import Final, final
 
-from ktls.protocol.enums import AlertDescription, ContentType, HandshakeType, ProtocolVersion
-from ktls.protocol.errors import RemoteProtocolError
+from ktls.protocol.enums import ContentType, HandshakeType, ProtocolVersion
 from ktls.protocol.key_schedule import TrafficKeys
 from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
@@ -55,6 +54,7 @@ from .linux import (
     pack_crypto_info,
     unpack_rec_seq,
 )
+from .refusal import refused, refused_for_a_sender
 from .tcp import acknowledged, given_to_tcp, queued_by_tcp
 
 __all__ = ("KernelReceiver", "KernelSender", "attach")
@@ -63,19 +63,6 @@ _CONTROL_SPACE: Final = socket.CMSG_SPACE(1)
 #: The most buffers that one system call takes (UIO_MAXIOV of linux/uio.h).
 _IOV_MAX: Final = 1024
 _KEY_UPDATE_BYTE: Final = bytes((HandshakeType.KEY_UPDATE,))
-#: What a failed read means (the table of errors in the theory above), and the alert that answers it.
-_READ_ERRORS: Final = {
-    errno.EBADMSG: (
-        "a record can't be opened with the current key",
-        AlertDescription.BAD_RECORD_MAC,
-    ),
-    errno.EMSGSIZE: ("a record is too long", AlertDescription.RECORD_OVERFLOW),
-    errno.EINVAL: ("what came is not a TLS record", AlertDescription.PROTOCOL_VERSION),
-    errno.EKEYEXPIRED: (
-        "the kernel waits for a key: another holder of this socket read a KeyUpdate",
-        AlertDescription.INTERNAL_ERROR,
-    ),
-}
 
 
 def attach(sock: socket.socket) -> None:
@@ -247,13 +234,12 @@ class KernelSender:
         """Remember a fatal error. Raises ``RemoteProtocolError`` if it is one of receiving, which nobody has read yet."""
         if error.errno in DEAD_ERRNOS:
             self._dead = error
-        elif error.errno in _READ_ERRORS:
-            # The kernel tells it to whoever comes first, and asking clears it. A reader who waits would go on waiting.
+        elif refused(error.errno):
+            # Not cleared by this send: else the error would be its own.
             told = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if told in _READ_ERRORS:
-                with contextlib.suppress(OSError):  # the report must not get lost
-                    self._sock.shutdown(socket.SHUT_RD)
-                raise RemoteProtocolError(*_READ_ERRORS[told]) from error
+            refusal = refused_for_a_sender(self._sock, told)
+            if refusal is not None:
+                raise refusal from error
 
     def _dead_again(self) -> OSError:
         assert self._dead is not None
@@ -418,8 +404,8 @@ class KernelReceiver:
         """Turn the errno of a read into what the contract says, and remember it if it is fatal."""
         if error.errno == errno.EIO:
             return ControlRecord()
-        if error.errno in _READ_ERRORS:
-            self._dead = RemoteProtocolError(*_READ_ERRORS[error.errno])
+        if refusal := refused(error.errno):
+            self._dead = refusal
             # The error may be told only once: another one must not hide it.
             with contextlib.suppress(OSError):
                 self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears it

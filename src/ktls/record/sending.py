@@ -27,6 +27,7 @@ from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordS
 from .interruption import acquire_and_note, torn
 from .kernel import KernelSender
 from .meter import Meter
+from .userspace import UserspaceSender
 
 __all__ = ("SendingHalf",)
 
@@ -405,7 +406,7 @@ class SendingHalf:
             self.look_first()
             self._error = self._error or error
         elif isinstance(error, RemoteProtocolError):
-            if isinstance(self._sender, KernelSender):
+            if isinstance(self._sender, KernelSender | UserspaceSender):
                 self.unread = self._sender.sock
             with self._state_lock:
                 if self.failure is None:

@@ -22,13 +22,14 @@ import socket
 from typing import Final, final
 
 from ktls.protocol.enums import ContentType
-from ktls.protocol.errors import KTLSError
+from ktls.protocol.errors import KTLSError, RemoteProtocolError
 from ktls.protocol.key_schedule import TrafficKeys
 from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 
 from .aead import HEADER_LENGTH, RecordProtection
 from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
+from .refusal import refused_for_a_sender
 
 __all__ = ("UserspaceReceiver", "UserspaceSender")
 
@@ -116,10 +117,19 @@ class UserspaceSender:
             except OSError as error:
                 if error.errno in DEAD_ERRNOS:
                     self._dead = error
+                # The other direction may be the kernel's: TCP itself says none of these.
+                refusal = refused_for_a_sender(self._sock, error.errno)
+                if refusal is not None:
+                    raise refusal from error
                 raise
             finally:
                 if sent:
                     self._out = self._out[sent[0] :]
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket."""
+        return self._sock
 
     def _at_next(self) -> RecordProtection:
         """Return the key, at the record that is next."""
@@ -128,9 +138,14 @@ class UserspaceSender:
 
     def _push(self, records: bytes, flags: int) -> None:
         """Take ``records`` as accepted, and send what can be sent now."""
+        before = self._number
         self._out, self._number = memoryview(records), self._protection.sequence_number
         try:
             self.flush(flags)
+        except RemoteProtocolError:  # is told once; and then nothing is accepted
+            if len(self._out) == len(records):
+                self._out, self._number = memoryview(b""), before
+            raise
         except OSError:
             # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
             if self._dead is not None:
