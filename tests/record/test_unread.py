@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,11 @@ from ktls.protocol.errors import LocalProtocolError, RemoteProtocolError
 from ktls.protocol.messages import build_alert
 from ktls.protocol.states import InboundPlainMessage
 from ktls.record.driver import Driver
-from ktls.testing import eventually, wait_readable
+from ktls.testing import eventually, fill_up, wait_readable
 
-from .layers import TLS12, TLS13
-from .rig import Layer, rig
+from .rig import Layer, both_versions, rig
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from ktls.protocol.suites import CipherSuite
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.kernel
 #: By its length and by its version no record, so that the kernel says so when it has the header.
 TOO_LONG = b"\x17\x03\x03\xff\xff" + bytes(8)
 PLAIN_TEXT = b"250 back to plain text\r\n"
-both_versions = pytest.mark.parametrize("suite", [TLS12, TLS13], ids=lambda suite: suite.name)
 
 
 @both_versions
@@ -134,3 +132,25 @@ def test_sender_that_is_told_first_leaves_nobody_waiting(tx: Layer, send: str) -
         if send != "refresh_traffic_keys":  # nothing of the data was accepted
             overflow = build_alert(AlertDescription.RECORD_OVERFLOW)
             assert r.peer.read_message() == InboundPlainMessage(ContentType.ALERT, overflow)
+
+
+@pytest.mark.parametrize("push", ["flush", "run_owed"])
+@pytest.mark.rekey
+def test_whoever_pushes_out_what_waits_may_be_told_first(push: str) -> None:
+    """A sender in user space holds what TCP had no room for. Whoever reads must not take the end of reading for the end of TCP."""
+    with rig("userspace", "kernel", small=True) as r:
+        driver = Driver(r.connection, r.sender.inner, r.driver.receiver)
+        fill_up(lambda: driver.send(bytes(100_000), socket.MSG_DONTWAIT), r.sock)
+        assert driver.unsent
+        r.peer.send_raw(TOO_LONG)
+        eventually(lambda: _has_error(r.sock), "the kernel looks at what came")
+        if push == "flush":
+            with pytest.raises(RemoteProtocolError, match="too long"):
+                driver.flush(socket.MSG_DONTWAIT)
+        else:
+            driver.run_owed()
+        for _ in range(2):
+            with pytest.raises(RemoteProtocolError, match="too long"):
+                driver.recv_into(bytearray(9))
+        assert isinstance(driver.failure, RemoteProtocolError)
+        assert driver.owes  # the alert is behind what waits

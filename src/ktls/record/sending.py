@@ -222,11 +222,11 @@ class SendingHalf:
                     return
                 self._run_owed(socket.MSG_DONTWAIT)
                 if self._sender.unsent:
-                    self._sender.flush(socket.MSG_DONTWAIT)
+                    self._flush(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError:
-                return  # kept in _error
+                return  # kept in _error, or in failure
             finally:
                 if held and held[0]:
                     self._lock.release()
@@ -235,9 +235,17 @@ class SendingHalf:
         """Hand to TCP whatever the sending layer still holds; ``BlockingIOError`` if that can't be done yet."""
         try:
             with self._lock:
-                self._sender.flush(flags)
+                self._flush(flags)
         finally:
             self._released()
+
+    def _flush(self, flags: int) -> None:
+        """Under the tx lock."""
+        try:
+            self._sender.flush(flags)
+        except OSError as error:
+            self._failed(error)
+            raise
 
     def follow(self, ask: Callable[[], Sequence[ConnectionState]]) -> Sequence[ConnectionState]:
         """Return what follows in the connection from ``ask``, and queue the sending commands of it: all of them, or the connection has failed. Under the state lock."""
