@@ -14,6 +14,7 @@ from ktls.protocol.errors import LocalProtocolError, RemoteProtocolError
 from ktls.protocol.messages import build_alert
 from ktls.protocol.states import InboundPlainMessage
 from ktls.record.driver import Driver
+from ktls.record.handover import restore_driver, take_driver
 from ktls.testing import eventually, fill_up, wait_readable
 
 from .rig import Layer, both_versions, rig
@@ -64,6 +65,21 @@ def test_what_follows_close_notify_stops_no_sender(behind: bytes) -> None:
         assert r.peer.read_data(13) == b"datamore data"
         closing = build_alert(AlertDescription.CLOSE_NOTIFY)
         assert r.peer.read_message() == InboundPlainMessage(ContentType.ALERT, closing)
+
+
+@pytest.mark.parametrize("behind", [TOO_LONG, PLAIN_TEXT], ids=["too long", "plain text"])
+def test_what_follows_close_notify_stops_no_successor(behind: bytes) -> None:
+    """As above, where the driver's state was carried in between."""
+    with rig("kernel") as r:
+        driver = Driver(r.connection, r.sender.inner, r.driver.receiver)
+        r.peer.send_alert()
+        assert wait_readable(r.sock)
+        assert driver.recv_into(bytearray(9)) == 0
+        driver = restore_driver(r.sock, take_driver(driver))
+        r.peer.send_raw(behind)
+        eventually(lambda: _has_error(r.sock), "the kernel looks at what came")
+        assert driver.send(b"data") == 4
+        assert r.peer.read_data(4) == b"data"
 
 
 def _has_error(sock: socket.socket) -> bool:

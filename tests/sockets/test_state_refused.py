@@ -7,7 +7,7 @@ import select
 import socket
 import ssl
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -164,6 +164,36 @@ def test_not_after_the_network_has_gone(net: Net) -> None:
     with pytest.raises(ConnectionResetError):
         link.ours.recv(1)
     refused(link, "failed")
+
+
+class Interruption(Exception):
+    """Raised by a signal handler."""
+
+
+def test_not_after_an_interruption_amid_a_key_change(net: Net) -> None:
+    """The secret may have moved on, and its key has not: whoever went on from there would use the wrong one."""
+    link = net.link(Case(offload="userspace"), timeout=PATIENCE)
+    driver = driver_of(link.ours)
+    half = driver.connection._tx
+
+    def change_half() -> NoReturn:
+        assert half.secret is not None
+        half.secret = half.secret.next()
+        raise Interruption
+
+    with driver.sending._state_lock, pytest.raises(Interruption):
+        driver.sending.follow(change_half)
+    refused(link, "failed")
+    with pytest.raises(ConnectionAbortedError):
+        link.ours.send(b"x")
+
+
+def test_not_after_an_interruption_amid_a_record(net: Net) -> None:
+    link = net.link(Case(offload="userspace"), timeout=PATIENCE)
+    driver_of(link.ours).receiving._reading = True
+    refused(link, "failed")
+    with pytest.raises(ConnectionAbortedError):
+        link.ours.recv(1)
 
 
 def test_not_with_the_engine(net: Net, authority: Authority) -> None:

@@ -79,10 +79,11 @@ def take_driver(driver: Driver, *, clock: Callable[[], float] = time.monotonic) 
 def _check_at_rest(driver: Driver) -> None:
     """Under all locks. What the layers and the connection have to say about it they say themselves."""
     sending, receiving = driver.sending, driver.receiving
+    torn = sending._advancing or receiving._reading  # nobody else is at work: see interruption
+    if torn or sending._error is not None or isinstance(receiving._end, OSError):
+        raise LocalProtocolError("the connection has failed")
     sending.look_first()
     receiving._look_first()
-    if sending._error is not None or isinstance(receiving._end, OSError) or receiving._reading:
-        raise LocalProtocolError("the connection has failed")
     if sending.owes:
         raise LocalProtocolError("what was accepted has not been sent")
 
@@ -147,5 +148,6 @@ def restore_driver(
     receiving._early = snapshot.early
     if connection.rx_state is HalfState.CLOSED:
         receiving._end = PeerClosed()
+        receiving._read_no_more()
     receiving._mark()
     return driver
