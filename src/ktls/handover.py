@@ -76,8 +76,8 @@ class HandoverSocket(EstablishedFacts, ClosingSocket):
 
         ``settings`` take the place of those that the connection had (its key limits and ``shutdown_timeout`` were carried; an observer can't be). There is no ``context``.
 
-        ``ValueError``: the state is damaged, of another version of the format, or not of this socket, which is as it was. A state must be used once only: the kernel can tell that for the keys
-        that it has, for layers in user space nobody can.
+        ``ValueError``: the state is damaged, of another version of the format, or not of this socket, which is as it was. A state must be used once only: in the kernel a second use
+        is refused once a key has changed, for layers in user space nobody can tell.
         """
         if not isinstance(state, ExportedState):
             state = ExportedState.from_bytes(state)
@@ -92,6 +92,8 @@ class HandoverSocket(EstablishedFacts, ClosingSocket):
                 key_limits=connection.limits,
                 shutdown_timeout=snapshot.shutdown_timeout,
             )
+        # For what it refuses, as long as the socket is still the caller's.
+        restore_driver(sock, snapshot.driver, limits=settings.key_limits)
         observer = settings.observer
         self = cls.__new__(cls)
         self._driver = None

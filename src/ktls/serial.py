@@ -39,7 +39,7 @@ def decode(magic: bytes, version: int, kind: type[_T], data: bytes) -> _T:
         return _decode(magic, version, kind, data)
     except _Refused as error:
         problem = str(error)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OverflowError):
         pass  # these hold what they did not like
     raise ValueError(problem)
 
@@ -113,7 +113,7 @@ def _typed(hint: Any, value: Any, pieces: _Pieces) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, _checked(value, type(value) is dict), pieces)
     if issubclass(hint, enum.Enum):
-        return hint[_checked(value, value in hint.__members__)]
+        return hint[_checked(value, type(value) is str and value in hint.__members__)]
     if hint is bytes:
         return pieces.take(_checked(value, type(value) is int))
     if hint is float:

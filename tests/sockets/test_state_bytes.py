@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 import ssl
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -90,6 +91,8 @@ WRONG: Final[list[tuple[str, Any]]] = [
     ("driver.receiver.layer", "engine"),
     ("driver.receiver.content_type", 256),
     ("driver.connection.role", "PEER"),
+    ("driver.connection.role", []),
+    ("driver.connection.tx_age", 10**400),
     ("driver.connection.suite", "TLS_NULL"),
     ("driver.connection.tx_state", "FAILED"),
     ("driver.connection.rx_state", "failed"),
@@ -170,6 +173,25 @@ def test_states_that_can_not_be_are_refused(net: Net, idle: Link) -> None:
             value[last] = wrong
 
         check_refused(net, idle, rewritten(data, change), secrets)
+
+
+@pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
+def test_states_that_contradict_themselves_leave_the_socket_alone(
+    net: Net, version: ssl.TLSVersion
+) -> None:
+    """Found out only where layers and connection are put together: neither secret nor key."""
+    link = net.link(Case(version=version, offload="userspace"), timeout=PATIENCE)
+    snapshot = link.ours.export_state().snapshot
+    driver = snapshot.driver
+    if version is TLS13:
+        driver = replace(driver, connection=replace(driver.connection, tx_secret=None))
+    else:
+        driver = replace(driver, sender=replace(driver.sender, keys=None))
+    state = ktls.ExportedState(replace(snapshot, driver=driver)).to_bytes()
+    with socket.socket(fileno=os.dup(link.ours.fileno())) as sock:
+        with pytest.raises(ValueError):
+            ktls.KTLSSocket.from_state(sock, state)
+        assert sock.fileno() >= 0
 
 
 def test_only_stream_sockets(idle: Link) -> None:
