@@ -1,11 +1,12 @@
 """Where the process meets the kernel, as Python sees it: every call on a watched descriptor is written down, and one of them is made to fail.
 
-The methods of ``socket.socket`` and the few functions of ``os`` and ``fcntl`` that ``ktls`` uses are wrapped for as long as a seam is open. What lies above it (layers,
+The methods of ``socket.socket`` and the few functions of ``os``, ``fcntl`` and Python that ``ktls`` uses are wrapped for as long as a seam is open. What lies above it (layers,
 driver, front ends) and below it (the kernel) is the real thing. Descriptors that are not watched, a peer's, pass untouched.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import fcntl
@@ -108,6 +109,8 @@ class Seam:
         self.hits: list[tuple[Call, Fault]] = []
         #: Only while this is set.
         self.armed = False
+        #: Every call of ktls counts, on whatever descriptor: for what makes its own.
+        self.everywhere = False
         self._watched: set[int] = set()
 
     def watch(self, fd: int) -> None:
@@ -120,7 +123,7 @@ class Seam:
 
     def pass_through(self, name: str, perform: Perform, *fds: int) -> Any:
         """Make a call, or spoil it."""
-        if not self.armed or not self._watched.intersection(fds):
+        if not self.armed or not (self.everywhere or self._watched.intersection(fds)):
             return perform()
         site = _site()
         if site is None:  # not ktls's: the event loop's, a test's
@@ -139,10 +142,14 @@ class Seam:
         with contextlib.ExitStack() as stack:
             for name, wrap in _SOCKET_METHODS.items():
                 method = _socket_method(self, name, wrap)
-                setattr(socket.socket, name, method)
-                stack.callback(delattr, socket.socket, name)
+                if name in vars(socket.socket):
+                    _replace(stack, socket.socket, name, method)
+                else:
+                    setattr(socket.socket, name, method)
+                    stack.callback(delattr, socket.socket, name)
             for name in ("sendfile", "splice", "pread", "fstat"):
                 _replace(stack, os, name, _os_function(self, name))
+            _replace(stack, builtins, "open", _open(self))
             for module in _users_of_ioctl():
                 _replace(stack, module, "ioctl", _ioctl(self, module))
             self.armed = True
@@ -167,10 +174,10 @@ def _replace(stack: contextlib.ExitStack, module: Any, name: str, value: Any) ->
 def _socket_method(seam: Seam, name: str, wrap: Callable[..., tuple[str, Perform]]) -> Any:
     real = getattr(socket.socket, name)
 
-    def method(self: socket.socket, *args: Any) -> Any:
+    def method(self: socket.socket, *args: Any, **options: Any) -> Any:
         if not seam.armed:
-            return real(self, *args)
-        called, perform = wrap(lambda *changed: real(self, *changed), *args)
+            return real(self, *args, **options)
+        called, perform = wrap(lambda *changed: real(self, *changed, **options), *args)
         return seam.pass_through(called, perform, self.fileno())
 
     return method
@@ -220,6 +227,13 @@ _SOCKET_METHODS: Final[dict[str, Callable[..., tuple[str, Perform]]]] = {
     "setsockopt": _option("setsockopt"),
     "getsockopt": _option("getsockopt"),
     "shutdown": _plain("shutdown"),
+    # What makes a connection, and asks for its names.
+    "__init__": _plain("socket"),
+    **{
+        name: _plain(name)
+        for name in ("bind", "listen", "connect", "accept", "getsockname", "getpeername")
+    },
+    **{name: _plain(name) for name in ("settimeout", "setblocking", "sendall")},
 }
 
 
@@ -237,6 +251,15 @@ def _os_function(seam: Seam, name: str) -> Any:
 
         fds = (first,) if name == "pread" or second is None else (first, second)
         return seam.pass_through(name, perform, *fds)
+
+    return function
+
+
+def _open(seam: Seam) -> Any:
+    real = builtins.open
+
+    def function(*args: Any, **options: Any) -> Any:
+        return seam.pass_through("open", lambda *_: real(*args, **options))
 
     return function
 

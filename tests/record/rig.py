@@ -3,31 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import select
+import socket
 import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+import pytest
+
 from ktls.protocol.connection import KernelConnection
-from ktls.protocol.enums import ProtocolVersion, Role
-from ktls.protocol.suites import MAX_FRAGMENT
+from ktls.protocol.enums import ContentType, ProtocolVersion, Role
+from ktls.protocol.states import InboundPlainMessage
+from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 from ktls.record.driver import Driver
-from ktls.testing import FaultyReceiver, FaultySender, RecordPeer, loopback_pair
-from ktls.testing.peers import made_up_keys, made_up_secret
+from ktls.record.linux import pack_crypto_info
+from ktls.testing import (
+    FaultyReceiver,
+    FaultySender,
+    RecordPeer,
+    fill_up,
+    is_key_update,
+    loopback_pair,
+    made_up_keys,
+)
+from ktls.testing.peers import made_up_secret
 
 from . import layers
-
-_T = TypeVar("_T")
+from .layers import TLS12, TLS13, kernel_receiver, kernel_sender
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator
 
     from ktls.protocol.limits import KeyLimits
-    from ktls.protocol.suites import CipherSuite
     from ktls.record.interface import KeyChangeObserver, RecordReceiver
+    from ktls.record.kernel import KernelReceiver, KernelSender
+
+_T = TypeVar("_T")
 
 Layer = Literal["userspace", "kernel"]
+
+DATA, ALERT, HANDSHAKE = (
+    ContentType.APPLICATION_DATA,
+    ContentType.ALERT,
+    ContentType.HANDSHAKE,
+)
+NO_WAIT = socket.MSG_DONTWAIT
+SPACE = socket.CMSG_SPACE(1)
+#: Alerts and messages as they stand on the wire.
+WARNING = b"\x01\x5a"
+KEY_UPDATE = b"\x18\x00\x00\x01\x00"
+TICKET = bytes.fromhex("04 00000e 00001c20 01020304 00 0001 78 0000")
+CLOSE_NOTIFY = InboundPlainMessage(ALERT, b"\x01\x00")
+#: Where both directions can change keys.
+KINDS = [
+    pytest.param("userspace", id="userspace"),
+    pytest.param("kernel", id="kernel", marks=[pytest.mark.kernel, pytest.mark.rekey]),
+]
+both = pytest.mark.parametrize("layer", KINDS)
+#: Where keys need not change.
+ANY = [
+    pytest.param("userspace", id="userspace"),
+    pytest.param("kernel", id="kernel", marks=pytest.mark.kernel),
+]
+anywhere = pytest.mark.parametrize("layer", ANY)
+both_versions = pytest.mark.parametrize("suite", [TLS12, TLS13], ids=lambda suite: suite.name)
 
 
 @dataclass
@@ -136,3 +178,75 @@ class Worker(threading.Thread, Generic[_T]):
         if self._error is not None:
             raise self._error
         return self._results[0]
+
+
+def again() -> BlockingIOError:
+    return BlockingIOError(errno.EAGAIN, "no room")
+
+
+def next_message(r: Rig) -> InboundPlainMessage:
+    message = r.peer.read_message()
+    assert message is not None
+    return message
+
+
+def next_is_data(r: Rig, data: bytes) -> None:
+    assert next_message(r) == InboundPlainMessage(DATA, data)
+
+
+def next_is_key_update(r: Rig) -> None:
+    message = next_message(r)
+    assert is_key_update(message), message
+
+
+def fill(r: Rig) -> int:
+    """Fill the way to the peer; return the number of bytes."""
+    return fill_up(lambda: r.driver.send(bytes(MAX_FRAGMENT), NO_WAIT), r.sock)
+
+
+@contextlib.contextmanager
+def refused(number: int) -> Iterator[None]:
+    """Expect an ``OSError`` with this errno."""
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == number, caught.value
+
+
+@contextlib.contextmanager
+def receiving(
+    suite: CipherSuite = TLS13,
+) -> Iterator[tuple[KernelReceiver, RecordPeer, socket.socket]]:
+    with loopback_pair() as (sock, theirs):
+        receiver = kernel_receiver(sock, suite, made_up_keys(suite, "peer"), 0)
+        yield receiver, RecordPeer(theirs, suite), sock
+
+
+@contextlib.contextmanager
+def sending(
+    suite: CipherSuite = TLS13, *, small: bool = False
+) -> Iterator[tuple[KernelSender, RecordPeer, socket.socket]]:
+    size = 16 * 1024 if small else None
+    with loopback_pair(sndbuf=size, rcvbuf=size) as (sock, theirs):
+        sender = kernel_sender(sock, suite, made_up_keys(suite, "us"), 0, MAX_FRAGMENT)
+        yield sender, RecordPeer(theirs, suite), sock
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    reads, writes = os.pipe()
+    try:
+        yield reads, writes
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+def crypto_info(suite: CipherSuite = TLS13, name: str = "us") -> bytes:
+    return pack_crypto_info(suite, made_up_keys(suite, name), 0)
+
+
+def readable(sock: socket.socket) -> int:
+    """What ``poll`` says now, of everything."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN | select.POLLOUT)
+    return dict(poller.poll(0)).get(sock.fileno(), 0)

@@ -10,29 +10,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ktls.closing import close_in_background, finish, try_finish
-from ktls.protocol.enums import ContentType
-from ktls.protocol.states import InboundPlainMessage
 from ktls.testing import eventually, fill_up, pattern, turns
 
 from .layers import TLS12, TLS13
-from .rig import Layer, Rig, Worker, rig
+from .rig import CLOSE_NOTIFY, Layer, Rig, Worker, anywhere, rig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ktls.protocol.suites import CipherSuite
 
-CLOSE_NOTIFY = InboundPlainMessage(ContentType.ALERT, b"\x01\x00")
 TRIALS = 30
 PATIENCE = 20.0
-
-layers = pytest.mark.parametrize(
-    "layer",
-    [
-        pytest.param("userspace", id="userspace"),
-        pytest.param("kernel", id="kernel", marks=pytest.mark.kernel),
-    ],
-)
 
 
 def fill(r: Rig) -> int:
@@ -81,7 +70,7 @@ def finished_in_background_after_trying(r: Rig) -> None:
         close_in_background(r.sock, r.driver, PATIENCE)
 
 
-@layers
+@anywhere
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "end",
@@ -101,7 +90,7 @@ def test_nothing_is_lost(layer: Layer, end: Callable[[Rig], None]) -> None:
             reader.result()
 
 
-@layers
+@anywhere
 @pytest.mark.parametrize("suite", [TLS12, TLS13], ids=lambda suite: suite.name)
 def test_close_notify_that_was_accepted_before_is_waited_for(
     layer: Layer, suite: CipherSuite
@@ -128,7 +117,7 @@ def take(r: Rig) -> bytes:
     return message.fragment
 
 
-@layers
+@anywhere
 def test_finish_gives_up_in_time(layer: Layer) -> None:
     with rig(layer, small=True) as r:
         fill(r)
@@ -136,7 +125,7 @@ def test_finish_gives_up_in_time(layer: Layer) -> None:
             finish(r.sock, r.driver, 0.2)
 
 
-@layers
+@anywhere
 def test_dead_connection_is_finished_at_once(layer: Layer) -> None:
     with rig(layer) as r:
         r.peer.reset()

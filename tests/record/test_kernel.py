@@ -1,4 +1,4 @@
-"""What the contract does not say about the kernel's halves; errors of the kernel are in ``test_errno_table``."""
+"""What the contract does not say about the kernel's halves; errors of the kernel are in ``test_errno_setup`` and its neighbours."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ktls.testing import (
 )
 
 from .layers import SUITES, TLS13, kernel_receiver, kernel_sender
+from .rig import pipe
 
 every_suite = pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
 
@@ -64,28 +65,23 @@ def test_record_waits_takes_nothing() -> None:
 
 @pytest.mark.kernel
 def test_splice_stops_at_the_pipe_and_the_record() -> None:
-    reads, writes = os.pipe()
-    try:
-        with loopback_pair() as (sock, theirs):
-            receiver = kernel_receiver(sock, TLS13, made_up_keys(TLS13, "peer"), 0)
-            peer = RecordPeer(theirs, TLS13)
-            peer.send_raw(peer.seal_data(pattern(MAX_FRAGMENT)) + peer.seal_data(b"more"))
-            data = bytearray()
-            while len(data) < MAX_FRAGMENT + 4:
-                moved = receiver.splice(writes, 5000)
-                assert 0 < moved <= 5000
-                data += os.read(reads, moved)
-            assert bytes(data) == pattern(MAX_FRAGMENT) + b"more"
-            sock.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                receiver.splice(writes, 100)
-            peer.send_record(ContentType.ALERT, b"\x01\x5a")
-            assert wait_readable(sock)
-            with pytest.raises(ControlRecord):
-                receiver.splice(writes, 100)
-    finally:
-        os.close(reads)
-        os.close(writes)
+    with loopback_pair() as (sock, theirs), pipe() as (reads, writes):
+        receiver = kernel_receiver(sock, TLS13, made_up_keys(TLS13, "peer"), 0)
+        peer = RecordPeer(theirs, TLS13)
+        peer.send_raw(peer.seal_data(pattern(MAX_FRAGMENT)) + peer.seal_data(b"more"))
+        data = bytearray()
+        while len(data) < MAX_FRAGMENT + 4:
+            moved = receiver.splice(writes, 5000)
+            assert 0 < moved <= 5000
+            data += os.read(reads, moved)
+        assert bytes(data) == pattern(MAX_FRAGMENT) + b"more"
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            receiver.splice(writes, 100)
+        peer.send_record(ContentType.ALERT, b"\x01\x5a")
+        assert wait_readable(sock)
+        with pytest.raises(ControlRecord):
+            receiver.splice(writes, 100)
 
 
 @pytest.mark.kernel

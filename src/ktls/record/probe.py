@@ -7,7 +7,7 @@ on any version. Two depths:
   few system calls, once per process.
 - ``probe``: everything, and records sent through it; what ``ktls doctor`` shows.
 
-Only what the kernel said about TLS is remembered. Where no pair could be made (no descriptors left, no IPv4 loopback), or memory ran out, nothing was
+Only what the kernel said about TLS is remembered. Where no pair could be made (no descriptors left, no IPv4 loopback) or it broke, or memory ran out, nothing was
 found out: the answer is "not available", with that reason, and the next call tries again. Only who was kept waiting is not kept waiting twice.
 
 What this module does not do: it reads no documentation of the running kernel (``/proc`` is asked only which privileges we have, for a
@@ -63,9 +63,10 @@ FORBIDDEN: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
 
 #: Seconds. Loopback answers at once; or it is down, or a packet filter eats the packets.
 _TIMEOUT: Final = 2.0
-#: These say something about this moment, not about the kernel.
+#: These say something about this moment, or about the connection that it was tried on, not about the kernel.
 _TRANSIENT: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR}
+    | {errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE}
 )
 _CAP_NET_ADMIN: Final = 12  # linux/capability.h
 _ON: Final = struct.pack("=i", 1)
@@ -275,7 +276,8 @@ def _find_cipher(version: ProtocolVersion, aead: AEAD) -> tuple[Finding, Finding
                 sender.sendall(_RECORD)
                 through = receiver.recv(len(_RECORD)) == _RECORD
             except OSError as error:
-                tx = rx = Finding(f"a record does not come through: {_text(error)}")
+                said = _refusal(error, {}).reason
+                tx = rx = Finding(f"a record does not come through: {said}")
             else:
                 if not through:
                     tx = rx = Finding("a record does not come through as it was sent")
