@@ -7,10 +7,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from ktls.protocol.connection import KernelConnection, KeyLog
-from ktls.protocol.enums import AlertDescription, ContentType, ProtocolVersion, Role
+from ktls.protocol.enums import AlertDescription, ContentType, Direction, ProtocolVersion, Role
+from ktls.protocol.errors import LocalProtocolError
 from ktls.protocol.key_schedule import TrafficSecret
-from ktls.protocol.states import ConnectionState, InboundPlainMessage, UpdateTxKey
+from ktls.protocol.states import (
+    ConnectionState,
+    HalfState,
+    InboundPlainMessage,
+    SendMessage,
+    UpdateRxKey,
+    UpdateTxKey,
+)
 from ktls.protocol.suites import CipherSuite
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ DATA = Path(__file__).parents[1] / "data"
 TLS13 = CipherSuite.TLS_AES_128_GCM_SHA256
 TLS12 = CipherSuite.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256
 CHACHA = CipherSuite.TLS_CHACHA20_POLY1305_SHA256
+CCM = CipherSuite.TLS_AES_128_CCM_SHA256
 MAX_GENERATION = 2**48 - 1
 
 #: KeyUpdate messages, spelled out (RFC 9846 §4.7.3).
@@ -30,6 +41,12 @@ KU = bytes.fromhex("18 000001 00")
 KU_REQUEST = bytes.fromhex("18 000001 01")
 CLOSE_NOTIFY = b"\x01\x00"
 USER_CANCELED = b"\x01\x5a"
+UNEXPECTED = AlertDescription.UNEXPECTED_MESSAGE
+
+#: What a connection says when these are to go out.
+SEND_KU = SendMessage(ContentType.HANDSHAKE, KU)
+SEND_KU_REQUEST = SendMessage(ContentType.HANDSHAKE, KU_REQUEST)
+SEND_CLOSE_NOTIFY = SendMessage(ContentType.ALERT, CLOSE_NOTIFY)
 
 
 def iana(name: str) -> dict[int, str]:
@@ -146,4 +163,38 @@ def pieces(fragment: bytes, *cuts: int) -> list[bytes]:
     return [fragment[a:b] for a, b in pairwise(edges)]
 
 
-UNEXPECTED = AlertDescription.UNEXPECTED_MESSAGE
+def tx_key(conn: KernelConnection, generation: int) -> UpdateTxKey:
+    """The command that installs this generation of our key, derived anew from generation 0."""
+    traffic = secret(conn.cipher_suite, b"c" if conn.role is Role.CLIENT else b"s")
+    for _ in range(generation):
+        traffic = traffic.next()
+    return UpdateTxKey(traffic.keys(), generation)
+
+
+def rx_key(conn: KernelConnection, generation: int) -> UpdateRxKey:
+    """The command that installs this generation of the peer's key."""
+    traffic = secret(conn.cipher_suite, b"s" if conn.role is Role.CLIENT else b"c")
+    for _ in range(generation):
+        traffic = traffic.next()
+    return UpdateRxKey(traffic.keys(), generation)
+
+
+def assert_tx_state(conn: KernelConnection, state: HalfState) -> None:
+    """``conn.tx_state is state``, in a way that lets a type checker expect another state after a call."""
+    assert conn.tx_state is state
+
+
+def assert_failed(conn: KernelConnection, generations: tuple[int, int] = (0, 0)) -> None:
+    """Both halves have failed, nothing moved, and every call behaves as documented."""
+    assert conn.rx_state is conn.tx_state is HalfState.FAILED
+    assert (conn.tx_generation, conn.rx_generation) == generations
+    for record in (data(b"x"), handshake(KU), alert(CLOSE_NOTIFY)):
+        with pytest.raises(LocalProtocolError, match="has failed"):
+            receive(conn, record)
+    with pytest.raises(LocalProtocolError):
+        conn.refresh_traffic_keys(now=0.0)
+    assert conn.record_usage(Direction.TX, 2**40, now=0.0) == ()
+    assert conn.record_usage(Direction.RX, 2**40, now=0.0) == ()
+    assert conn.close() == ()
+    conn.fail()
+    assert conn.rx_state is conn.tx_state is HalfState.FAILED

@@ -1,4 +1,4 @@
-"""Key limits and the flood budget by themselves; how a connection uses them is in ``test_connection``."""
+"""Key limits and the flood budget by themselves; how a connection uses them is in ``test_connection_limits``."""
 
 from __future__ import annotations
 
