@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import pytest
 import trustme
 
 from ktls.handshake.openssl import OpenSSLHandshake
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 HOST = "localhost"
 TLS12 = ssl.TLSVersion.TLSv1_2
 TLS13 = ssl.TLSVersion.TLSv1_3
+VERSIONS = pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
 
 
 @dataclass
@@ -184,3 +187,42 @@ def check_takeover(result: HandshakeResult, peer: StdlibPeer, *, sent: bytes = b
     stream = result.leftover + peer.late + sent + peer.data_to_send() + peer.write(b"from peer")
     data = b"".join(text for kind, text in open_all(rx, stream) if kind == 23)
     assert data == b"from peer"
+
+
+# --- key logs -----------------------------------------------------------------------------------------------------
+
+#: Client randoms.
+ONE, TWO = bytes(range(32)), bytes(range(32, 64))
+#: What a whole handshake of TLS 1.3 logs, as we name it.
+LABELS_13 = {"CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0", "EXPORTER_SECRET"}
+
+
+def context() -> ssl.SSLContext:
+    """A context of its own for a tap."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def write(tap_context: ssl.SSLContext, *lines: str) -> None:
+    """Write lines as the engine does."""
+    with open(tap_context.keylog_filename, "a") as file:
+        file.write("".join(lines))
+
+
+def line(label: str, client_random: bytes, secret: bytes) -> str:
+    """One line of a key log."""
+    return f"{label} {client_random.hex()} {secret.hex()}\n"
+
+
+def memory_of(tap_context: ssl.SSLContext) -> bytes:
+    """What the tap's memory file holds now."""
+    return Path(tap_context.keylog_filename).read_bytes()
+
+
+def labels_in(path: Path) -> dict[str, set[str]]:
+    """The labels in a key log, by client random in hexadecimal."""
+    found: dict[str, set[str]] = {}
+    for entry in path.read_text().splitlines():
+        if not entry.startswith("#"):
+            label, client_random, _ = entry.split(" ")
+            found.setdefault(client_random, set()).add(label)
+    return found

@@ -17,34 +17,28 @@ from pathlib import Path
 import pytest
 
 from ktls.handshake.framing import ClientHello
-from ktls.handshake.keylog import Expected, KeyLogTap, tap_for
-from ktls.handshake.openssl import OpenSSLHandshake, _max_fragment
-from ktls.protocol.enums import ContentType, Role
-from ktls.protocol.errors import LocalProtocolError
+from ktls.handshake.keylog import tap_for
+from ktls.handshake.openssl import _max_fragment
+from ktls.protocol.enums import Role
 from ktls.protocol.key_schedule import TrafficKeys, TrafficSecret, tls_exporter
-from ktls.protocol.suites import suite_by_openssl_name
-from ktls.record.aead import RecordProtection
 
 from .helpers import (
     HOST,
     TLS12,
     TLS13,
+    VERSIONS,
     Pki,
-    StdlibPeer,
     check_takeover,
     open_all,
     ours_client,
     ours_server,
     receiver,
-    records_of,
     run,
     secrets_of,
     sender,
     their_client,
     their_server,
 )
-
-VERSIONS = pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
 
 SUITES_12 = [
     "ECDHE-ECDSA-AES128-GCM-SHA256",
@@ -219,189 +213,7 @@ def test_hello_retry_request(pki: Pki, version: ssl.TLSVersion, role: str) -> No
         check_takeover(server.result(), other)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("tickets", [0, 1, 2, 5])
-def test_tickets_of_a_server_are_counted(pki: Pki, tickets: int, resumed: bool) -> None:
-    client_context, server_context = pki.client(TLS13), pki.server(TLS13)
-    session = None
-    if resumed:
-        first, peer = ours_server(server_context), their_client(client_context)
-        run(peer, first)
-        peer.read()
-        session = peer.sslobject.session
-    server_context.num_tickets = tickets
-    server, peer = ours_server(server_context), their_client(client_context, session)
-    run(peer, server)
-    expected = min(tickets, 1) if resumed else tickets
-    assert server.result().info.session_reused is resumed
-    assert secrets_of(server.result()).tx_sequence_number == expected
-    check_takeover(server.result(), peer)
-
-
-def test_tickets_that_are_larger_than_a_record(pki: Pki) -> None:
-    """The ticket carries the client's certificate."""
-    client_context, server_context = pki.client(TLS13), pki.server(TLS13)
-    server_context.verify_mode = ssl.CERT_REQUIRED
-    pki.ca.configure_trust(server_context)
-    names = [f"{number:04}.{'x' * 50}.example" for number in range(300)]
-    pki.ca.issue_cert(*names).configure_cert(client_context)
-    server, peer = ours_server(server_context), their_client(client_context)
-    run(peer, server)
-    assert secrets_of(server.result()).tx_sequence_number > 2
-    check_takeover(server.result(), peer)
-
-
-@VERSIONS
-@pytest.mark.parametrize("stateless", [True, False])
-def test_sessions_of_a_server_survive_the_hand_off(
-    pki: Pki, version: ssl.TLSVersion, stateless: bool
-) -> None:
-    client_context, server_context = pki.client(version), pki.server(version)
-    if not stateless:
-        server_context.options |= ssl.OP_NO_TICKET
-    session = None
-    for connection in range(3):
-        server, peer = ours_server(server_context), their_client(client_context, session)
-        run(peer, server)
-        assert server.result().info.session_reused is (connection > 0)
-        check_takeover(server.result(), peer)
-        peer.read()
-        session = peer.sslobject.session
-        # Without the goodbye OpenSSL forgets the session of our side when the peer object goes.
-        with pytest.raises(ssl.SSLWantReadError):
-            peer.sslobject.unwrap()
-
-
-def finish_over_read(party: OpenSSLHandshake, flight: bytes, extra: bytes, chunk: int) -> None:
-    """Feed the flight that ends the handshake, and more, before the first step."""
-    data = flight + extra
-    for start in range(0, len(data), chunk):
-        party.feed(data[start : start + chunk])
-    assert party.step()
-    assert party.result().leftover == extra
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 65536])
-def test_over_read_of_a_server13(pki: Pki, chunk: int) -> None:
-    server, peer = ours_server(pki.server(TLS13)), their_client(pki.client(TLS13))
-    peer.step()
-    server.feed(peer.data_to_send())
-    assert not server.step()
-    peer.feed(server.data_to_send())
-    assert peer.step()
-    flight = peer.data_to_send()
-    extra = peer.write(b"request") + peer.write(b"and more")
-    finish_over_read(server, flight, extra[:-5], chunk)
-    opened = open_all(receiver(server.result()), server.result().leftover + extra[-5:])
-    assert opened == [(23, b"request"), (23, b"and more")]
-    peer.feed(server.data_to_send())
-    peer.read()
-    check_takeover_after(server, peer, 2)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 65536])
-def test_over_read_of_a_client13(pki: Pki, chunk: int, tmp_path: Path) -> None:
-    """Data right after the server's Finished, before ours (RFC 9846 §2): ssl never sends it, so it is made by hand."""
-    server_context = pki.server(TLS13)
-    server_context.keylog_filename = str(tmp_path / "keys")
-    client, peer = ours_client(pki.client(TLS13)), their_server(server_context)
-    client.step()
-    peer.feed(client.data_to_send())
-    peer.step()
-    lines = [line.split() for line in (tmp_path / "keys").read_text().splitlines()]
-    logged = {line[0]: bytes.fromhex(line[2]) for line in lines if len(line) == 3}
-    suite = suite_by_openssl_name("TLS_AES_256_GCM_SHA384")
-    assert suite is not None
-    secret = TrafficSecret(suite, logged["SERVER_TRAFFIC_SECRET_0"])
-    extra = RecordProtection(suite, secret.keys()).seal(ContentType.APPLICATION_DATA, b"early")
-    finish_over_read(client, peer.data_to_send(), extra + b"\x17\x03", chunk)
-    assert open_all(receiver(client.result()), extra) == [(23, b"early")]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 65536])
-def test_over_read_of_a_client12(pki: Pki, chunk: int) -> None:
-    client, peer = ours_client(pki.client(TLS12)), their_server(pki.server(TLS12))
-    for _ in range(2):
-        assert not client.step()
-        peer.feed(client.data_to_send())
-        done = peer.step()
-        flight = peer.data_to_send()
-        if not done:
-            client.feed(flight)
-    finish_over_read(client, flight, peer.write(b"hello") + b"\x17\x03\x03", chunk)
-    opened = open_all(receiver(client.result()), client.result().leftover[:-3])
-    assert opened == [(23, b"hello")]
-    check_takeover_after(client, peer, 1)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 65536])
-def test_over_read_of_a_server12(pki: Pki, chunk: int) -> None:
-    """In a resumed handshake of TLS 1.2 the client's Finished is the last."""
-    client_context, server_context = pki.client(TLS12), pki.server(TLS12)
-    first = their_client(client_context)
-    run(first, their_server(server_context))
-    peer = their_client(client_context, first.sslobject.session)
-    server = ours_server(server_context)
-    peer.step()
-    server.feed(peer.data_to_send())
-    assert not server.step()
-    peer.feed(server.data_to_send())
-    assert peer.step()
-    finish_over_read(server, peer.data_to_send(), peer.write(b"hello"), chunk)
-    assert server.result().info.session_reused
-    assert open_all(receiver(server.result()), server.result().leftover) == [(23, b"hello")]
-    check_takeover_after(server, peer, 1)
-
-
-def check_takeover_after(party: OpenSSLHandshake, peer: StdlibPeer, received: int) -> None:
-    """As ``check_takeover``, when the leftover has been dealt with: it had ``received`` records."""
-    tx, rx = sender(party.result()), receiver(party.result())
-    rx.sequence_number += received
-    peer.feed(tx.seal(ContentType.APPLICATION_DATA, b"to peer"))
-    assert peer.read() == b"to peer"
-    assert open_all(rx, peer.write(b"from peer"))[-1] == (23, b"from peer")
-
-
-@VERSIONS
-def test_a_front_end_that_reads_what_is_needed_has_no_leftover(
-    pki: Pki, version: ssl.TLSVersion
-) -> None:
-    client, peer = ours_client(pki.client(version)), their_server(pki.server(version))
-    wire = b""
-    while not client.step():
-        peer.feed(client.data_to_send())
-        if not peer.sslobject.version() or peer.sslobject.cipher() is None or not wire:
-            peer.step()
-            wire += peer.data_to_send()
-        need = client.bytes_needed()
-        assert need > 0
-        client.feed(wire[:need])
-        wire = wire[need:]
-    assert client.result().leftover == b""
-    peer.feed(client.data_to_send())
-    peer.step()
-    check_takeover(client.result(), peer, sent=wire)
-
-
-def test_explicit_nonces_of_tls12_go_on_from_finished(pki: Pki) -> None:
-    client_context, server_context = pki.client(TLS12), pki.server(TLS12)
-    client_context.set_ciphers("ECDHE+AESGCM")
-    client, peer = ours_client(client_context), their_server(server_context)
-    sent = b""
-    while not client.step():
-        out = client.data_to_send()
-        sent += out
-        peer.feed(out)
-        peer.step()
-        client.feed(peer.data_to_send())
-    finished = records_of(sent)[-1]
-    used = int.from_bytes(finished[5:13], "big")
-    assert secrets_of(client.result()).tx_keys.explicit_nonce == (used + 1) % 2**64
-    record = sender(client.result()).seal(ContentType.APPLICATION_DATA, b"")
-    assert int.from_bytes(record[5:13], "big") == (used + 1) % 2**64
-
-
-# --- server names -------------------------------------------------------------------------------------------------
+# --- server names ----------------------------------------------------------------------------------------------------
 
 
 class UserObject(ssl.SSLObject):
@@ -469,205 +281,7 @@ def test_a_callback_that_refuses(pki: Pki) -> None:
         peer.step()
 
 
-# --- no secrets ---------------------------------------------------------------------------------------------------
-
-
-def check_engine_goes_on(party: OpenSSLHandshake, peer: StdlibPeer, reason: str) -> None:
-    """The engine must have the connection, whole: what was read beyond, and nothing sent outside it."""
-    result = party.result()
-    assert (result.secrets, result.tickets) == (None, None)
-    assert result.no_secrets_reason is not None
-    assert reason in result.no_secrets_reason
-    engine = result.engine_object
-    assert engine is not None
-    engine.sslobject.write(b"to peer")
-    peer.feed(party.data_to_send() + engine.outgoing.read())
-    assert peer.read() == b"to peer"
-    engine.incoming.write(result.leftover + peer.late + peer.write(b"from peer"))
-    assert engine.sslobject.read(100) == b"from peer"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES128-CCM8", "ECDHE-ECDSA-ARIA128-GCM-SHA256"],
-)
-@pytest.mark.parametrize("role", ["client", "server"])
-def test_suites_that_stay_with_the_engine(pki: Pki, name: str, role: str) -> None:
-    client_context, server_context = pki.client(TLS12), pki.server(TLS12)
-    for context in (client_context, server_context):
-        context.set_ciphers(f"{name}:@SECLEVEL=0")
-    if role == "client":
-        client, peer = ours_client(client_context), their_server(server_context)
-        run(client, peer)
-        check_engine_goes_on(client, peer, name)
-    else:
-        server, other = ours_server(server_context), their_client(client_context)
-        run(other, server)
-        check_engine_goes_on(server, other, name)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_old_versions_stay_with_the_engine(pki: Pki) -> None:
-    client_context, server_context = pki.client(), pki.server()
-    for context in (client_context, server_context):
-        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-        context.set_ciphers("ALL:@SECLEVEL=0")
-    client, peer = ours_client(client_context), their_server(server_context)
-    run(client, peer)
-    check_engine_goes_on(client, peer, "TLSv1.1 is too old")
-
-
-def test_post_handshake_auth_stays_with_the_engine(pki: Pki) -> None:
-    context = pki.client()
-    context.post_handshake_auth = True
-    client, peer = ours_client(context), their_server(pki.server())
-    run(client, peer)
-    check_engine_goes_on(client, peer, "post-handshake authentication")
-    client, peer = ours_client(context), their_server(pki.server(TLS12))
-    run(client, peer)
-    check_takeover(client.result(), peer)
-
-
-@VERSIONS
-@pytest.mark.parametrize("role", ["client", "server"])
-def test_no_proc(
-    pki: Pki, version: ssl.TLSVersion, role: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ktls.handshake.keylog._FD_PATH", "/nowhere/fd/{}")
-    client_context, server_context = pki.client(version), pki.server(version)
-    if role == "client":
-        client, peer = ours_client(client_context), their_server(server_context)
-        run(client, peer)
-        check_engine_goes_on(client, peer, "the key log can't be opened")
-    else:
-        server, other = ours_server(server_context), their_client(client_context)
-        run(other, server)
-        check_engine_goes_on(server, other, "the key log can't be opened")
-
-
-@VERSIONS
-def test_wrong_secrets_are_found_out(
-    pki: Pki, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collect = KeyLogTap.collect
-
-    def forged(tap: KeyLogTap, expected: Expected) -> dict[str, bytes]:
-        return {label: bytes(len(secret)) for label, secret in collect(tap, expected).items()}
-
-    monkeypatch.setattr(KeyLogTap, "collect", forged)
-    server, peer = ours_server(pki.server(version)), their_client(pki.client(version))
-    run(peer, server)
-    check_engine_goes_on(server, peer, "do not fit the connection")
-
-
-def test_a_key_log_that_can_not_be_read(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bytes:
-        raise OSError(5, "Input/output error")
-
-    client, peer = ours_client(pki.client()), their_server(pki.server())
-    client.step()
-    monkeypatch.setattr(os, "preadv", fail)
-    run(client, peer)
-    check_engine_goes_on(client, peer, "can't be read: Input/output error")
-
-
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [({}, "no CLIENT_TRAFFIC_SECRET_0"), ({"CLIENT_TRAFFIC_SECRET_0": b"short"}, "wrong length")],
-)
-def test_missing_or_odd_lines(
-    pki: Pki, monkeypatch: pytest.MonkeyPatch, log: dict[str, bytes], reason: str
-) -> None:
-    monkeypatch.setattr(KeyLogTap, "collect", lambda *_: log)
-    client, peer = ours_client(pki.client(TLS13)), their_server(pki.server(TLS13))
-    run(client, peer)
-    check_engine_goes_on(client, peer, reason)
-
-
-# --- failures -----------------------------------------------------------------------------------------------------
-
-
-def test_a_certificate_that_does_not_verify(pki: Pki) -> None:
-    client, peer = ours_client(ssl.create_default_context()), their_server(pki.server())
-    with pytest.raises(ssl.SSLCertVerificationError):
-        run(client, peer)
-    peer.feed(client.data_to_send())
-    with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca"):
-        peer.step()
-    with pytest.raises(LocalProtocolError):
-        client.step()
-
-
-def test_a_client_that_does_not_speak_tls(pki: Pki) -> None:
-    server = ours_server(pki.server())
-    server.feed(b"GET / HTTP/1.1\r\n\r\n")
-    with pytest.raises(ssl.SSLError, match=r"(?i)http request"):
-        server.step()
-
-
-def test_a_record_that_is_too_long(pki: Pki) -> None:
-    server = ours_server(pki.server())
-    server.feed(b"\x16\x03\x01\xff\xff" + bytes(6))
-    with pytest.raises(ssl.SSLError):
-        server.step()
-
-
-@pytest.mark.parametrize("cut", [0, 3, 5, 100])
-@pytest.mark.parametrize("role", ["client", "server"])
-def test_tcp_ends_inside_the_handshake(pki: Pki, role: str, cut: int) -> None:
-    ours: OpenSSLHandshake
-    if role == "client":
-        ours = ours_client(pki.client())
-        server = their_server(pki.server())
-        ours.step()
-        server.feed(ours.data_to_send())
-        server.step()
-        ours.feed(server.data_to_send()[:cut])
-    else:
-        ours, client = ours_server(pki.server()), their_client(pki.client())
-        client.step()
-        ours.feed(client.data_to_send()[:cut])
-    assert not ours.step()
-    ours.eof()
-    with pytest.raises(ssl.SSLEOFError):
-        ours.step()
-
-
-def test_tcp_ends_inside_nonsense(pki: Pki) -> None:
-    server = ours_server(pki.server())
-    server.feed(b"\x16\x09\x09\x00\x10abc")
-    assert not server.step()
-    server.eof()
-    with pytest.raises(ssl.SSLEOFError):
-        server.step()
-    assert "failed" in repr(server)
-
-
-def test_eof_after_the_handshake_is_not_our_business(pki: Pki) -> None:
-    client, peer = ours_client(pki.client()), their_server(pki.server())
-    run(client, peer)
-    client.eof()
-    assert client.step()
-    with pytest.raises(ValueError, match="complete"):
-        client.feed(b"data")
-    client.close()
-    assert client.result().secrets is not None
-
-
-def test_a_closed_handshake(pki: Pki) -> None:
-    client = ours_client(pki.client())
-    client.step()
-    client.close()
-    with pytest.raises(LocalProtocolError):
-        client.step()
-
-
-def test_the_constructor_passes_on_what_ssl_refuses(pki: Pki) -> None:
-    with pytest.raises(ValueError, match="server_hostname"):
-        OpenSSLHandshake(pki.client(), server_side=False, server_hostname="")
-
-
-# --- the rest -----------------------------------------------------------------------------------------------------
+# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
