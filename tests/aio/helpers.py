@@ -16,7 +16,7 @@ from ktls.aio.terms import Terms
 from ktls.established import Established
 from ktls.handshake.handoff import hand_off, prepare
 from ktls.handshake.result import HandshakeResult, HandshakeSecrets, PeerInfo
-from ktls.protocol.enums import ProtocolVersion, Role
+from ktls.protocol.enums import ContentType, ProtocolVersion, Role
 from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 from ktls.testing import RecordPeer, made_up_keys, made_up_secret
 
@@ -427,3 +427,14 @@ def timed() -> Callable[[], float]:
     """Return a function that tells the seconds since this call."""
     start = time.monotonic()
     return lambda: time.monotonic() - start
+
+
+def slow_reader(peer: RecordPeer) -> bytes:
+    """Receive data to the end, which must be close_notify."""
+    data = bytearray()
+    while (message := peer.read_message()) is not None:
+        if message.content_type == ContentType.ALERT:
+            assert message.fragment == CLOSE_NOTIFY
+            return bytes(data)
+        data += message.fragment
+    raise AssertionError("TCP ended without close_notify")

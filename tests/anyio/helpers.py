@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
 from anyio.abc import SocketAttribute
 
-import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
 from ktls.testing import halve_send_buffer
 
-from ..sockets.helpers import PATIENCE, Case, Net
-from ..support import HOST, has_rekey
+from ..sockets.helpers import PATIENCE, Case, Net, matrix, read_all
+from ..support import HOST, TLS13, has_rekey
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+    from concurrent.futures import Future
+
+    import ktls
 
 _T = TypeVar("_T")
 
 BACKENDS: Final = ("asyncio", "uvloop", "trio")
+KTLS_PEER: Final = Case(peer="ktls")
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,22 @@ def in_task(
 def ended_untruthfully(error: BaseException) -> bool:
     """Whether a blocking peer was told that TCP ended without close_notify."""
     return isinstance(error, ssl.SSLEOFError | ConnectionResetError)
+
+
+def ending(sock: Any) -> BaseException | None:
+    """Receive until the end, and return how that was told: None if in order."""
+    try:
+        read_all(sock)
+    except OSError as error:
+        return error
+    return None
+
+
+def changing() -> list[Case]:
+    """Cases in which both directions can change keys."""
+    cases = matrix(versions=(TLS13,), peers=("ktls",), offloads=("auto",))
+    return [
+        case
+        for case in (*cases, Case(version=TLS13, peer="ktls", offload="userspace"))
+        if case.may_refresh
+    ]

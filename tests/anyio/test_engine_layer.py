@@ -12,10 +12,9 @@ import ktls
 from ktls.anyio import KTLSAttribute, KTLSStream
 from ktls.handshake.keylog import KeyLogTap
 
-from ..sockets.helpers import Net, pattern, read_all, read_exactly
+from ..sockets.helpers import Net, cut, pattern, read_all, read_exactly, slowly
 from ..support import HOST, TLS12, TLS13, Authority
 from .helpers import Backend, receive_exactly, result
-from .test_stream import cut, slowly
 
 SUITE = "ECDHE-RSA-AES128-SHA256"
 

@@ -14,8 +14,16 @@ from ktls.anyio import KTLSAttribute
 
 from ..sockets.helpers import Case, Net, pattern, read_all, read_exactly
 from ..support import TLS12, TlsStat
-from .helpers import Backend, connect, ended_untruthfully, generations, result, until
-from .test_stream import changing, ending
+from .helpers import (
+    Backend,
+    changing,
+    connect,
+    ended_untruthfully,
+    ending,
+    generations,
+    result,
+    until,
+)
 
 DATA = pattern(1_500_000)
 

@@ -58,6 +58,8 @@ _OPENS: Final[_Row] = {
     # Another holder of the socket has taken a KeyUpdate.
     errno.EKEYEXPIRED: (f"{REFUSED} INTERNAL_ERROR",),
 }
+#: What is sealed in this process goes to TCP, which says none of these by itself: it is what the kernel has to say of received records.
+_SENDS_SEALED: Final[_Row] = {**_OPENS, **_SENDS}
 _KEYS: Final[_Row] = {
     **dict.fromkeys(DEAD_ERRNOS, (GONE,)),
     # "No rekey here", and "not this key": the peer waits for the new one, we have the old one only. (In receiving, EINVAL may pass.)
@@ -92,7 +94,10 @@ def caused_by(call: Call, fault: Fault) -> set[str]:
     """What else may come of ``fault`` at ``call`` than what comes of the scenario by itself."""
     if not isinstance(fault, Error):
         return set()
-    return set(_TABLE.get(call.name, _ASKS).get(fault.number, ()))
+    row = _TABLE.get(call.name, _ASKS)
+    if call.name == "send" and "UserspaceSender" in call.site:
+        row = _SENDS_SEALED
+    return set(row.get(fault.number, ()))
 
 
 def allowed(call: Call, fault: Fault, clean: str) -> set[str]:

@@ -109,7 +109,7 @@ class Seam:
         self.hits: list[tuple[Call, Fault]] = []
         #: Only while this is set.
         self.armed = False
-        #: Every call of ktls counts, on whatever descriptor: for what makes its own.
+        #: Every call of ktls counts, on whatever descriptor, and those that make one: for what makes its own.
         self.everywhere = False
         self._watched: set[int] = set()
 
@@ -175,7 +175,7 @@ def _socket_method(seam: Seam, name: str, wrap: Callable[..., tuple[str, Perform
     real = getattr(socket.socket, name)
 
     def method(self: socket.socket, *args: Any, **options: Any) -> Any:
-        if not seam.armed:
+        if not seam.armed or (name in _MAKING and not seam.everywhere):
             return real(self, *args, **options)
         called, perform = wrap(lambda *changed: real(self, *changed, **options), *args)
         return seam.pass_through(called, perform, self.fileno())
@@ -227,14 +227,16 @@ _SOCKET_METHODS: Final[dict[str, Callable[..., tuple[str, Perform]]]] = {
     "setsockopt": _option("setsockopt"),
     "getsockopt": _option("getsockopt"),
     "shutdown": _plain("shutdown"),
-    # What makes a connection, and asks for its names.
     "__init__": _plain("socket"),
-    **{
-        name: _plain(name)
-        for name in ("bind", "listen", "connect", "accept", "getsockname", "getpeername")
-    },
-    **{name: _plain(name) for name in ("settimeout", "setblocking", "sendall")},
+    "sendall": _plain("sendall"),
 }
+
+#: What makes a connection, and asks for its names: not a matter of what a connection does.
+_MAKING: Final = (
+    *("__init__", "bind", "listen", "connect", "accept", "getsockname", "getpeername"),
+    *("settimeout", "setblocking"),
+)
+_SOCKET_METHODS.update((name, _plain(name)) for name in _MAKING[1:])
 
 
 def _os_function(seam: Seam, name: str) -> Any:

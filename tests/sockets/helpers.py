@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -247,3 +248,23 @@ def matrix(
         for role in roles
         for peer in (peers if offload == "auto" else peers[:1])
     ]
+
+
+def slowly(sock: Any) -> bytes:
+    """Receive until the end in small pieces, without ever being in time."""
+    data = bytearray()
+    while chunk := sock.recv(1500):
+        data += chunk
+        os.sched_yield()
+    return bytes(data)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(sock.detach())
+
+
+def cut(sock: socket.socket) -> None:
+    """End TCP without close_notify."""
+    socket.socket.shutdown(sock, socket.SHUT_WR)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ktls.handshake.handoff import RecordDriver
+    from ktls.record.interface import WriteBuffer
 
 __all__ = ("MAX_READS", "ReadingTransport", "Shared", "shared_by")
 
@@ -205,6 +206,7 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             buffer = self._get_buffer() if self._buffered else self._shared.buffer
             if buffer is None:
                 return
+            size = len(buffer)  # a protocol may resize it when it is told
             try:
                 count = driver.receiving.read_now(buffer)
             except TruncatedError as error:
@@ -224,10 +226,10 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             if self._paused or self._closing:
                 return
             if self._plain:
-                if count < len(buffer):
+                if count < size:
                     self._shared.look_later(self)
                 break
-            if count == len(buffer) and not driver.pending():
+            if count == size and not driver.pending():
                 break
         else:
             self._look_soon(self._look_again)
@@ -247,13 +249,14 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
             name = "buffer_updated" if self._buffered else "data_received"
             self._fatal_error(error, f"Fatal error: protocol.{name}() call failed.")
 
-    def _get_buffer(self) -> memoryview | None:
+    def _get_buffer(self) -> WriteBuffer | None:
         """Return the protocol's buffer, or None if that was its end."""
         try:
             buffer = self._protocol.get_buffer(-1)
             if not len(buffer):
                 raise RuntimeError("get_buffer() returned an empty buffer")
-            return memoryview(buffer).cast("B")
+            # A view would keep it from being resized.
+            return buffer if type(buffer) is bytearray else memoryview(buffer).cast("B")
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
