@@ -60,6 +60,11 @@ _OPENS: Final[_Row] = {
 }
 #: What is sealed in this process goes to TCP, which says none of these by itself: it is what the kernel has to say of received records.
 _SENDS_SEALED: Final[_Row] = {**_OPENS, **_SENDS}
+_LOOKS: Final[_Row] = {
+    **_OPENS,
+    # After a splice that could not: if nothing is there, then that was the one report of a framing error.
+    errno.EAGAIN: (f"{REFUSED} PROTOCOL_VERSION",),
+}
 _KEYS: Final[_Row] = {
     **dict.fromkeys(DEAD_ERRNOS, (GONE,)),
     # "No rekey here", and "not this key": the peer waits for the new one, we have the old one only. (In receiving, EINVAL may pass.)
@@ -78,7 +83,7 @@ _TABLE: Final[dict[str, _Row]] = {
     "recv": _READS,
     "recv_into": _OPENS,
     "recvmsg": _OPENS,
-    "recv(peek)": _OPENS,
+    "recv(peek)": _LOOKS,
     "splice": _OPENS,
     "setsockopt(TLS_TX)": _KEYS,
     "setsockopt(TLS_RX)": _KEYS,

@@ -189,7 +189,7 @@ def _send(real: Perform, data: Any, flags: int = 0) -> tuple[str, Perform]:
 
 def _sendmsg(real: Perform, buffers: Any, control: Any = (), flags: int = 0) -> tuple[str, Perform]:
     def perform(size: int | None = None) -> Any:
-        if size is None:
+        if size is None or control:  # a record of another type is taken whole
             return real(buffers, control, flags)
         return real([b"".join(buffers)[:size]], control, flags)
 
