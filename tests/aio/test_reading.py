@@ -211,6 +211,33 @@ def test_protocol_that_raises(net: Net, one_of_each: Loop, name: str) -> None:
     one_of_each.run(main)
 
 
+class Compacting(BufferedKeeper):
+    """Cuts what it has dealt with off its buffer, which then has no room left."""
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        self.buffer += bytes(100 - len(self.buffer))
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        super().buffer_updated(nbytes)
+        del self.buffer[:]
+
+
+def test_buffer_that_is_resized_by_its_protocol(net: Net, one_of_each: Loop) -> None:
+    """Nobody holds it after the read; and that it was not filled is known all the same, so a KeyUpdate behind the data is found."""
+
+    async def main() -> None:
+        link = scripted(net, Compacting(100))
+        for turn in range(1, 4):
+            link.peer.send_raw(link.peer.seal(DATA, b"data, ") + link.peer.seal_key_update())
+            await until(lambda turn=turn: len(link.diary.data) == 24 * turn - 18)  # type: ignore[misc]  # mypy infers no lambda with a default
+            link.peer.send_data(b"under the next key")
+            await until(lambda turn=turn: len(link.diary.data) == 24 * turn)  # type: ignore[misc]
+        await finish(link)
+
+    one_of_each.run(main)
+
+
 def test_buffer_without_room(net: Net, one_of_each: Loop) -> None:
     async def main() -> None:
         link = scripted(net, BufferedKeeper(0))
