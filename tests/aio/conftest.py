@@ -1,37 +1,12 @@
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from typing import TYPE_CHECKING
-
 import pytest
 
-from ..sockets.helpers import Case, Net, matrix
+from ..sockets.fixtures import layer, watched_net
+from ..sockets.helpers import Case, matrix
 from .helpers import LOOPS, Loop
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..support import Authority
-
-
-def open_sockets() -> set[str]:
-    """The sockets of this process."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the directory itself
-            found.add(os.readlink(f"/proc/self/fd/{fd}"))
-    return {name for name in found if name.startswith("socket:")}
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    """Makes connections; at the end of the test no socket may be left that was not there before."""
-    before = open_sockets()
-    net = Net(authority)
-    yield net
-    net.close()
-    assert open_sockets() <= before, "sockets are left open"
+__all__ = ("case", "layer", "loop", "one_of_each", "watched_net")
 
 
 @pytest.fixture(params=LOOPS)
@@ -49,12 +24,5 @@ def one_of_each(request: pytest.FixtureRequest) -> Loop:
 @pytest.fixture(params=matrix(peers=("stdlib",)), ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each record layer, version and role, with a peer of the ``ssl`` module."""
-    case: Case = request.param
-    return case
-
-
-@pytest.fixture(params=matrix(roles=("client",), peers=("stdlib",)), ids=str)
-def layer(request: pytest.FixtureRequest) -> Case:
-    """Each record layer with each version, as a client of the ``ssl`` module."""
     case: Case = request.param
     return case

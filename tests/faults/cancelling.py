@@ -1,21 +1,56 @@
-"""Cancels a task at each of its awaits, one run after the other; and a peer that knows how a connection has ended."""
+"""Cancels a task at each of its awaits, one run after the other; a peer that knows how a connection has ended; and what both kinds of cancellation's tests share."""
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
 import ssl
+import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
+import pytest
+
+from ktls.testing import pattern
+
+from ..sockets.fixtures import open_sockets
 from ..sockets.helpers import PATIENCE, Net, Role
-from ..support import HOST, TLS13
+from ..support import HOST, TLS13, Authority, has_kernel_tls
 
-__all__ = ("BUFFER", "MODES", "CancelAt", "Heard", "Mode", "Peer")
+if TYPE_CHECKING:
+    from ktls.handshake.handoff import OffloadPolicy
+
+__all__ = (
+    "BUFFER",
+    "MODES",
+    "REPLY",
+    "SIZE",
+    "WHOLE_PRODUCT",
+    "CancelAt",
+    "Heard",
+    "Mode",
+    "Peer",
+    "at_every_position",
+    "at_every_position_with_a_file",
+    "check_beginning",
+    "collected_net",
+    "policy",
+)
 
 _T = TypeVar("_T")
+
+#: All combinations of loops, moments and policies.
+WHOLE_PRODUCT: Final = os.environ.get("KTLS_TRUST") == "1"
+#: More awaits than anything has.
+_MOST: Final = 400
+#: What a peer has to say, where it says anything.
+REPLY: Final = pattern(300_000)
+#: More bytes than TCP takes at once.
+SIZE: Final = 1_500_000
 
 #: So much do TCP's buffers take, about.
 BUFFER: Final = 64 * 1024
@@ -184,3 +219,58 @@ class Peer:
             self.heard.end = "truncated"
         except OSError:
             self.heard.end = "reset"
+
+
+def check_beginning(heard: Heard, said: bytes | None) -> None:
+    """Check what the peer heard of a connection that has said ``said``, or None if nobody waited for it any more."""
+    if said is not None:
+        assert (bytes(heard.data), heard.end) == (said, "close_notify")
+    else:
+        assert not heard.data
+        assert heard.end != "close_notify", "a clean end of what never was"
+
+
+def _policies() -> list[OffloadPolicy]:
+    if not has_kernel_tls():
+        return ["userspace"]
+    return ["auto", "userspace"] if WHOLE_PRODUCT else ["auto"]
+
+
+@pytest.fixture(params=_policies())
+def policy(request: pytest.FixtureRequest) -> OffloadPolicy:
+    """Where the records are to be protected."""
+    policy: OffloadPolicy = request.param
+    return policy
+
+
+@pytest.fixture(name="net")
+def collected_net(authority: Authority) -> Iterator[Net]:
+    """Makes connections; when the garbage is collected, no socket may be left that was not there before the test."""
+    before = open_sockets()
+    net = Net(authority)
+    yield net
+    net.close()
+    gc.collect()
+    assert open_sockets() <= before, "sockets are left open"
+
+
+async def at_every_position(attempt: Callable[[int], Awaitable[bool]]) -> int:
+    """Call ``attempt`` with 0, 1, 2 …, until it says that there is no such await; return how many there are."""
+    for position in range(_MOST):
+        if not await attempt(position):
+            return position
+    raise AssertionError("it never comes to its end")
+
+
+async def at_every_position_with_a_file(
+    attempt: Callable[[int, IO[bytes]], Awaitable[bool]],
+) -> int:
+    """As ``at_every_position``; each attempt also gets a file of ``SIZE`` bytes, at its beginning."""
+    with tempfile.TemporaryFile() as file:
+        file.write(pattern(SIZE))
+
+        async def rewound(position: int) -> bool:
+            file.seek(0)
+            return await attempt(position, file)
+
+        return await at_every_position(rewound)

@@ -5,11 +5,8 @@ What was sent in part only has no clean end; all else goes on as if nothing had 
 
 from __future__ import annotations
 
-import gc
-import os
 import socket
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,49 +18,31 @@ import ktls
 from ktls.anyio import KTLSStream
 from ktls.testing import pattern
 
-from ..aio.conftest import open_sockets
 from ..anyio.helpers import BACKENDS, Backend, receive_exactly
 from ..sockets.helpers import Net
-from ..support import HOST, has_kernel_tls, has_rekey
-from .cancelling import BUFFER, CancelAt, Heard, Peer
+from ..support import HOST, has_rekey
+from .cancelling import (
+    BUFFER,
+    REPLY,
+    SIZE,
+    WHOLE_PRODUCT,
+    CancelAt,
+    Heard,
+    Peer,
+    at_every_position,
+    at_every_position_with_a_file,
+    check_beginning,
+)
 
 if TYPE_CHECKING:
     from ktls.handshake.handoff import OffloadPolicy
 
-    from ..support import Authority
-
-WHOLE_PRODUCT: Final = os.environ.get("KTLS_TRUST") == "1"
-MOST: Final = 400
-SIZE: Final = 1_500_000
-REPLY: Final = pattern(300_000)
 LATER: Final = b"later" * 100
-
-
-def _policies() -> list[OffloadPolicy]:
-    if not has_kernel_tls():
-        return ["userspace"]
-    return ["auto", "userspace"] if WHOLE_PRODUCT else ["auto"]
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    before = open_sockets()
-    net = Net(authority)
-    yield net
-    net.close()
-    gc.collect()
-    assert open_sockets() <= before, "sockets are left open"
 
 
 @pytest.fixture(params=BACKENDS if WHOLE_PRODUCT else ("asyncio", "trio"))
 def backend(request: pytest.FixtureRequest) -> Backend:
     return Backend(request.param)
-
-
-@pytest.fixture(params=_policies())
-def policy(request: pytest.FixtureRequest) -> OffloadPolicy:
-    policy: OffloadPolicy = request.param
-    return policy
 
 
 async def cancelled_at(position: int, body: Callable[[], Any], peer: Peer) -> tuple[bool, Any]:
@@ -114,21 +93,10 @@ def test_no_connection_is_left_of_one_that_nobody_waits_for(
             await stream.send(LATER)
             await stream.aclose()
         heard = await heard_by(peer)
-        if stream is not None:
-            assert (bytes(heard.data), heard.end) == (LATER, "close_notify")
-        else:
-            assert not heard.data
-            assert heard.end != "close_notify", "a clean end of what never was"
+        check_beginning(heard, None if stream is None else LATER)
         return hit
 
-    async def main() -> int:
-        position = 0
-        while await attempt(position):
-            position += 1
-            assert position < MOST
-        return position
-
-    assert backend.run(main) >= 1
+    assert backend.run(at_every_position, attempt) >= 1
 
 
 @dataclass
@@ -217,18 +185,7 @@ def test_a_stream_after_an_operation_was_cancelled(
             assert heard.data == pattern(len(heard.data))
         return hit
 
-    async def main() -> int:
-        with tempfile.TemporaryFile() as file:
-            file.write(pattern(SIZE))
-            position = 0
-            while True:
-                file.seek(0)
-                if not await attempt(position, file):
-                    return position
-                position += 1
-                assert position < MOST
-
-    assert backend.run(main) >= 1
+    assert backend.run(at_every_position_with_a_file, attempt) >= 1
 
 
 async def _takes(stream: KTLSStream, data: bytes) -> bool:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
-import os
 import socket
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,20 +18,26 @@ import pytest
 import ktls
 from ktls.testing import pattern
 
-from ..aio.conftest import open_sockets
 from ..aio.helpers import Loop, turns, until
 from ..sockets.helpers import Net
-from ..support import HOST, has_kernel_tls, has_rekey
-from .cancelling import BUFFER, MODES, CancelAt, Mode, Peer
+from ..support import HOST, has_rekey
+from .cancelling import (
+    BUFFER,
+    MODES,
+    REPLY,
+    SIZE,
+    WHOLE_PRODUCT,
+    CancelAt,
+    Mode,
+    Peer,
+    at_every_position,
+    at_every_position_with_a_file,
+    check_beginning,
+)
 
 if TYPE_CHECKING:
     from ktls.handshake.handoff import OffloadPolicy
 
-    from ..support import Authority
-
-WHOLE_PRODUCT: Final = os.environ.get("KTLS_TRUST") == "1"
-#: More awaits than anything has.
-MOST: Final = 400
 PRELUDE: Final = b"STARTTLS\r\n"
 
 
@@ -44,33 +48,11 @@ def _ways() -> list[tuple[str, Mode]]:
     return list(zip(loops, MODES, strict=True))
 
 
-def _policies() -> list[OffloadPolicy]:
-    if not has_kernel_tls():
-        return ["userspace"]
-    return ["auto", "userspace"] if WHOLE_PRODUCT else ["auto"]
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    before = open_sockets()
-    net = Net(authority)
-    yield net
-    net.close()
-    gc.collect()
-    assert open_sockets() <= before, "sockets are left open"
-
-
 @pytest.fixture(params=_ways(), ids="-".join)
 def way(request: pytest.FixtureRequest) -> tuple[Loop, Mode]:
     """asyncio's loop and uvloop's, and when the task is cancelled."""
     name, mode = request.param
     return Loop(name), mode
-
-
-@pytest.fixture(params=_policies())
-def policy(request: pytest.FixtureRequest) -> OffloadPolicy:
-    policy: OffloadPolicy = request.param
-    return policy
 
 
 async def cancelled_at(
@@ -169,21 +151,10 @@ def test_no_connection_is_left_of_one_that_nobody_waits_for(
         await turns()
         assert not _open_transports()
         heard = await asyncio.to_thread(peer.result)
-        if streams is not None:
-            assert (bytes(heard.data), heard.end) == (b"whole", "close_notify")
-        else:
-            assert not heard.data
-            assert heard.end != "close_notify", "a clean end of what never was"
+        check_beginning(heard, None if streams is None else b"whole")
         return hit
 
-    async def main() -> int:
-        position = 0
-        while await attempt(position):
-            position += 1
-            assert position < MOST
-        return position
-
-    assert loop.run(main) >= 1
+    assert loop.run(lambda: at_every_position(attempt)) >= 1
 
 
 def _open_transports() -> list[ktls.aio.KTLSTransport]:
@@ -212,11 +183,6 @@ class Work:
 
     async def receive(self, size: int) -> None:
         self.got += await self.reader.readexactly(size)
-
-
-REPLY: Final = pattern(300_000)
-#: More than TCP takes at once.
-SIZE: Final = 1_500_000
 
 
 async def _read(work: Work) -> None:
@@ -307,15 +273,4 @@ def test_a_connection_goes_on_when_an_operation_is_cancelled(
         assert heard.data == work.written
         return hit
 
-    async def main() -> int:
-        with tempfile.TemporaryFile() as file:
-            file.write(pattern(SIZE))
-            position = 0
-            while True:
-                file.seek(0)
-                if not await attempt(position, file):
-                    return position
-                position += 1
-                assert position < MOST
-
-    assert loop.run(main) >= 1
+    assert loop.run(lambda: at_every_position_with_a_file(attempt)) >= 1

@@ -1,27 +1,11 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
-from ..aio.conftest import open_sockets
 from ..aio.helpers import Loop
-from ..sockets.helpers import Net
+from ..sockets.fixtures import watched_net
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..support import Authority
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    """Makes connections; at the end of the test no socket may be left that was not there before."""
-    before = open_sockets()
-    net = Net(authority)
-    yield net
-    net.close()
-    assert open_sockets() <= before, "sockets are left open"
+__all__ = ("loop", "watched_net")
 
 
 @pytest.fixture(params=("functions", "uvloop"))

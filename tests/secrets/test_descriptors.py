@@ -26,9 +26,8 @@ from ..sockets.helpers import Case, Net, matrix, read_exactly
 from ..support import HOST, TLS13
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from ..support import Authority
 
 #: Prints what it has inherited, without the descriptor of the directory itself.
 _LIST: Final = """
@@ -59,13 +58,6 @@ def not_closed_on_exec(pid: int) -> set[str]:
         if not int(flags.split()[1], 8) & _O_CLOEXEC and int(entry.name) > 2:
             found.add(os.readlink(f"/proc/{pid}/fd/{entry.name}"))
     return found
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    net = Net(authority)
-    yield net
-    net.close()
 
 
 @pytest.fixture

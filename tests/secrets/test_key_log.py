@@ -18,17 +18,9 @@ from ..sockets.helpers import Case, Net, read_exactly
 from ..support import TLS12, TLS13, has_kernel_tls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from ..support import Authority
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    net = Net(authority)
-    yield net
-    net.close()
 
 
 def written(context: ssl.SSLContext) -> int:

@@ -5,19 +5,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ..sockets.helpers import Net
+from ..sockets.fixtures import net
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..support import Authority
-
-
-@pytest.fixture
-def net(authority: Authority) -> Iterator[Net]:
-    net = Net(authority)
-    yield net
-    net.close()
+__all__ = ("net", "restless")
 
 
 @pytest.fixture

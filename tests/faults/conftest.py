@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from .cancelling import collected_net, policy
+
+__all__ = ("collected_net", "policy")
