@@ -79,9 +79,13 @@ class HandoverSocket(EstablishedFacts, ClosingSocket):
         ``ValueError``: the state is damaged, of another version of the format, or not of this socket, which is as it was. A state must be used once only: in the kernel a second use
         is refused once a key has changed, for layers in user space nobody can tell.
         """
-        if not isinstance(state, ExportedState):
-            state = ExportedState.from_bytes(state)
-        snapshot = state.snapshot
+        try:
+            exported = (
+                state if isinstance(state, ExportedState) else ExportedState.from_bytes(state)
+            )
+        finally:
+            del state  # bytes print, and tracebacks may show locals
+        snapshot = exported.snapshot
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
             raise NotImplementedError("only stream sockets are supported")
         check_socket(sock, snapshot.driver)

@@ -41,6 +41,8 @@ def decode(magic: bytes, version: int, kind: type[_T], data: bytes) -> _T:
         problem = str(error)
     except (ValueError, RecursionError, OverflowError):
         pass  # these hold what they did not like
+    finally:
+        del data  # tracebacks may show locals
     raise ValueError(problem)
 
 

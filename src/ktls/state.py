@@ -68,4 +68,7 @@ class ExportedState:
     @classmethod
     def from_bytes(cls, data: bytes) -> ExportedState:
         """Return the state that ``to_bytes`` made bytes of. ``ValueError`` if they are damaged, or of another version of the format."""
-        return cls(decode(_MAGIC, _VERSION, StateSnapshot, bytes(data)))
+        try:
+            return cls(decode(_MAGIC, _VERSION, StateSnapshot, bytes(data)))
+        finally:
+            del data  # tracebacks may show locals

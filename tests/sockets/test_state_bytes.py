@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 import ssl
+import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -111,6 +112,13 @@ def idle(net: Net) -> Link:
     return net.link(Case(offload="userspace"), timeout=PATIENCE)
 
 
+def locals_of_ours(error: BaseException) -> list[str]:
+    """What crash reporters send of our frames."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame.f_globals["__name__"].startswith("ktls.")]
+    return [repr(value) for frame in ours for value in frame.f_locals.values()]
+
+
 def check_refused(net: Net, idle: Link, data: bytes, secrets: list[bytes]) -> None:
     """``data`` is refused, quoting nothing; the socket is as it was."""
     sock = net.keep(socket.socket(fileno=os.dup(idle.ours.fileno())))
@@ -122,7 +130,7 @@ def check_refused(net: Net, idle: Link, data: bytes, secrets: list[bytes]) -> No
     assert error.__context__ is None or not hasattr(error.__context__, "doc")
     chain = []
     while error is not None:
-        chain.append(repr(error))
+        chain += [repr(error), *locals_of_ours(error)]
         error = error.__context__
     for secret in secrets:
         for spelling in spelled(secret):
