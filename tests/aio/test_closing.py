@@ -21,6 +21,7 @@ from .helpers import (
     TLS12_SUITE,
     Keeper,
     Loop,
+    Scripted,
     connect,
     ended,
     result,
@@ -131,23 +132,28 @@ def test_peer_answers_in_every_way(net: Net, one_of_each: Loop) -> None:
     one_of_each.run(main)
 
 
+async def close_unread(net: Net, link: Scripted, unread: int) -> None:
+    """Write and close; the peer sends ``unread`` bytes before it reads, and gets everything all the same."""
+    data = pattern(300_000)
+
+    def write_then_read() -> bytes:
+        link.peer.send_data(bytes(unread))
+        return slow_reader(link.peer)
+
+    link.transport.write(data)
+    link.transport.close()
+    assert await result(net.spawn(write_then_read)) == data
+    await until(lambda: link.diary.lost)
+    assert link.diary.error is None
+
+
 def test_what_comes_while_we_close_is_dropped(net: Net, one_of_each: Loop) -> None:
     """A peer that writes before it reads would never take our data; and what is unread would make TCP reset the connection."""
 
     async def main() -> None:
         link = scripted(net, buffers=8192)
-        data = pattern(300_000)
-
-        def write_then_read() -> bytes:
-            link.peer.send_data(bytes(500_000))
-            return slow_reader(link.peer)
-
-        link.transport.write(data)
-        link.transport.close()
-        assert await result(net.spawn(write_then_read)) == data
-        await until(lambda: link.diary.lost)
+        await close_unread(net, link, 500_000)
         assert link.diary.events == ["made", "lost"]
-        assert link.diary.error is None
 
     one_of_each.run(main)
 
@@ -161,17 +167,7 @@ def test_close_while_paused_with_a_hidden_key_update(net: Net, one_of_each: Loop
         )
         link.peer.send_raw(link.peer.seal(DATA, b"x") + link.peer.seal_key_update())
         await until(lambda: link.diary.data == b"x")
-        data = pattern(300_000)
-
-        def write_then_read() -> bytes:
-            link.peer.send_data(bytes(300_000))
-            return slow_reader(link.peer)
-
-        link.transport.write(data)
-        link.transport.close()
-        assert await result(net.spawn(write_then_read)) == data
-        await until(lambda: link.diary.lost)
-        assert link.diary.error is None
+        await close_unread(net, link, 300_000)
 
     one_of_each.run(main)
 
