@@ -20,7 +20,7 @@ from ktls.record.driver import Driver
 from ktls.record.kernel import KernelReceiver, KernelSender, attach
 from ktls.record.probe import rekey_supported
 from ktls.record.userspace import UserspaceReceiver
-from ktls.testing import made_up_keys, made_up_secret
+from ktls.testing import RecordPeer, made_up_keys, made_up_secret
 
 __all__ = ("LAYERS", "TLS12", "TLS13", "Layers", "Options")
 
@@ -79,12 +79,16 @@ class Layers:
     rx: Where
     direct: bool = False
     policy: OffloadPolicy | None = None
+    #: How to begin, if that is something else: it may tell the peer its keys.
+    begin: Callable[[socket.socket, RecordPeer, Options], RecordDriver] | None = None
 
     def __str__(self) -> str:
         return self.name
 
-    def start(self, sock: socket.socket, options: Options) -> RecordDriver:
+    def start(self, sock: socket.socket, peer: RecordPeer, options: Options) -> RecordDriver:
         """Begin, by the hand-off if there is a policy for it."""
+        if self.begin is not None:
+            return self.begin(sock, peer, options)
         lock = threading.RLock() if self.direct else None
         leftover = _take(sock, options.leftover) if options.leftover else b""
         if self.policy is not None:

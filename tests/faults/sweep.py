@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -89,6 +90,8 @@ def _kind(error: OSError) -> str:
         return f"{REFUSED} {error.alert.name}"
     if isinstance(error, KTLSError):
         return type(error).__name__
+    if isinstance(error, ssl.SSLError):
+        return f"{REFUSED} by the engine"
     if error.errno in DEAD_ERRNOS:
         return GONE
     return f"stuck: {error!r}"
@@ -102,7 +105,7 @@ def _stays_dead(world: World, died: Died) -> None:
     for _ in range(2):
         if died.reading:
             _same(first, _error_of(lambda: driver.recv_into(bytearray(1))))
-        elif not isinstance(first, KTLSError):
+        elif not isinstance(first, ssl.SSLError):
             _same(first, _error_of(lambda: driver.send(b"x")))
         error = _error_of(lambda: driver.send(pattern(1, world.offered)))
         if error is None:

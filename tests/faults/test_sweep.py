@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 WHOLE_PRODUCT: Final = os.environ.get("KTLS_TRUST") == "1"
 ROOM: Final = Path(ktls.__file__).parent
 #: Where the calls are that this sweep is about.
-MODULES: Final = ("record/kernel.py", "record/userspace.py", "record/catchup.py", "record/tcp.py")
+MODULES: Final = tuple(
+    f"record/{name}.py" for name in ("catchup", "kernel", "refusal", "tcp", "userspace")
+)
 CALLS: Final = (
     *("send", "sendmsg", "recv", "recv_into", "recvmsg", "setsockopt", "getsockopt", "shutdown"),
     *("sendfile", "splice", "pread", "fstat", "ioctl"),
@@ -71,6 +73,11 @@ def _plan(calls: list[Call], salt: str) -> Iterator[tuple[int, Fault]]:
     ("layers", "scenario"), CASES, ids=[f"{layers}-{scenario.name}" for layers, scenario in CASES]
 )
 def test_each_call_fails_once(layers: Layers, scenario: Scenario) -> None:
+    spoil_each(layers, scenario)
+
+
+def spoil_each(layers: Layers, scenario: Scenario) -> None:
+    """Spoil each call of ``scenario``, one after the other, and compare."""
     before = descriptors()
     clean: Result | None
     spoilt: Result | None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class World:
         self.seam.armed = (
             self.layers.policy is not None
         )  # else it is put together for this test only
-        self._driver = self.layers.start(self.sock, self.options)
+        self._driver = self.layers.start(self.sock, self.peer, self.options)
         self.seam.armed = True
 
     # --- the peer ----------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class World:
             except OSError as error:
                 self.raised.append(repr(error))
                 tries += 1
-                gone = isinstance(error, KTLSError) or error.errno in DEAD_ERRNOS
+                gone = isinstance(error, ssl.SSLError) or error.errno in DEAD_ERRNOS
                 if gone or tries > _RETRIES:
                     raise Died(error, reading) from error
         raise AssertionError("unreachable")
