@@ -260,3 +260,23 @@ def test_no_spinning_after_a_bad_record(
         await until(lambda: link.diary.lost)
 
     one_of_each.run(main)
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["reading", "paused"])
+def test_reset_while_only_this_process_holds_data(
+    net: Net, one_of_each: Loop, paused: bool
+) -> None:
+    """Sealed in user space, and no write waits. Who does not read hears of the reset all the same, and the loop does not spin."""
+
+    async def main() -> None:
+        link = scripted(net, offload="userspace", buffers=8192)
+        if paused:
+            link.transport.pause_reading()
+        while not link.transport.driver.unsent:
+            link.transport.write(bytes(100))
+        assert link.transport.get_write_buffer_size() == 0
+        link.peer.reset()
+        await until(lambda: link.diary.lost)
+        assert isinstance(link.diary.error, ConnectionError)
+
+    one_of_each.run(main)

@@ -269,6 +269,9 @@ class WritingTransport(ReadingTransport):
                 self._send_queued(self._queue)
             elif self._driver.owes:
                 self._driver.run_owed()
+                if self._driver.unsent and not self._closing:
+                    # Says if the connection is gone, which the other never does: TCP would have room for ever.
+                    self._driver.flush()
         except BlockingIOError:
             pass
         except OSError as error:
