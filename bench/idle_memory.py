@@ -9,25 +9,21 @@ the ``ssl`` module. The first connections, which pay for caches and pools, are n
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import json
-import platform
 import re
 import resource
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import trustme
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ktls
-import ktls.aio
+from bench.servers import command, identity, is_plain, listen, parser, run, versions
 
 KINDS = ("asyncio ssl", "uvloop ssl", "ktls asyncio", "ktls uvloop", "plain asyncio")
 WARM_UP = 100
@@ -54,25 +50,10 @@ def resident() -> int:
     return int(found[1]) * 1024
 
 
-def loop_of(kind: str) -> Any:
-    if kind.startswith("ktls"):
-        return ktls.aio.new_uvloop_event_loop if "uvloop" in kind else ktls.aio.new_event_loop
-    if "uvloop" in kind:
-        import uvloop
-
-        return uvloop.new_event_loop
-    return asyncio.SelectorEventLoop
-
-
 async def serve(kind: str, certificate: str) -> None:
     """Serve; answer each line on stdin with the memory in use, until stdin ends."""
-    context = None
-    if kind != "plain asyncio":
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
+    server = await listen(kind, certificate, Echo, backlog=512)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Echo, "127.0.0.1", 0, ssl=context, backlog=512)
-    print(server.sockets[0].getsockname()[1], flush=True)
     while await loop.run_in_executor(None, sys.stdin.readline):
         await asyncio.sleep(0.2)
         print(resident(), flush=True)
@@ -90,9 +71,11 @@ def connect(port: int, context: ssl.SSLContext | None) -> socket.socket:
 
 def measure(kind: str, connections: int, certificate: str, context: ssl.SSLContext) -> float:
     """Bytes per connection."""
-    command = [sys.executable, __file__, "--serve", kind, "--certificate", certificate]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(__file__, kind, certificate),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -103,7 +86,7 @@ def measure(kind: str, connections: int, certificate: str, context: ssl.SSLConte
             return int(process.stdout.readline())  # type: ignore[union-attr]  # looked at above
 
         port = int(process.stdout.readline())
-        client_context = None if kind == "plain asyncio" else context
+        client_context = None if is_plain(kind) else context
         kept = [connect(port, client_context) for _ in range(WARM_UP)]
         before = ask()
         kept += [connect(port, client_context) for _ in range(connections)]
@@ -115,35 +98,24 @@ def measure(kind: str, connections: int, certificate: str, context: ssl.SSLConte
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--connections", type=int, default=300)
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--certificate", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    arguments = parser(__doc__, KINDS)
+    arguments.add_argument("--connections", type=int, default=300)
+    options = arguments.parse_args()
     files = 2 * options.connections + 1000
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     )
     if options.serve is not None:
-        with asyncio.Runner(loop_factory=loop_of(options.serve)) as runner:
-            runner.run(serve(options.serve, options.certificate))
+        run(options.serve, options.certificate, serve)
         return
-    authority = trustme.CA()
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    with tempfile.NamedTemporaryFile() as certificate:
-        certificate.write(authority.issue_cert("localhost").private_key_and_cert_chain_pem.bytes())
-        certificate.flush()
+    with identity() as (certificate, context):
         result = {
-            kind: measure(kind, options.connections, certificate.name, context)
-            for kind in options.kinds
+            kind: measure(kind, options.connections, certificate, context) for kind in options.kinds
         }
     if options.json:
         print(json.dumps(result))
         return
-    print(f"Linux {platform.release()}, Python {platform.python_version()}, {ssl.OPENSSL_VERSION}")
+    print(versions())
     print(f"KiB of anonymous resident memory per idle connection ({options.connections} counted):")
     for kind, octets in result.items():
         print(f"  {kind:15} {octets / 1024:8.2f}")

@@ -8,11 +8,9 @@ is a blocking socket. The calls that read the clock are left out: on real machin
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -25,10 +23,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import trustme
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ktls
-import ktls.aio
+from bench.servers import command, identity, is_plain, listen, parser, run, versions
 
 KINDS = (
     "plain asyncio",
@@ -53,24 +50,8 @@ class Echo(asyncio.Protocol):
         self.transport.write(data)
 
 
-def loop_of(kind: str) -> Any:
-    if kind.startswith("ktls"):
-        return ktls.aio.new_uvloop_event_loop if "uvloop" in kind else ktls.aio.new_event_loop
-    if "uvloop" in kind:
-        import uvloop
-
-        return uvloop.new_event_loop
-    return asyncio.SelectorEventLoop
-
-
 async def serve(kind: str, certificate: str) -> None:
-    context = None
-    if not kind.startswith("plain"):
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(Echo, "127.0.0.1", 0, ssl=context)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    server = await listen(kind, certificate, Echo)
     await server.serve_forever()
 
 
@@ -80,12 +61,13 @@ class Counted:
     def __init__(
         self, kind: str, certificate: str, directory: str, context: ssl.SSLContext
     ) -> None:
-        command = [sys.executable, __file__, "--serve", kind, "--certificate", certificate]
-        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen(
+            command(__file__, kind, certificate), stdout=subprocess.PIPE, text=True
+        )
         assert self._server.stdout is not None
         address = ("127.0.0.1", int(self._server.stdout.readline()))
         sock = socket.create_connection(address)
-        if not kind.startswith("plain"):
+        if not is_plain(kind):
             sock = context.wrap_socket(sock, server_hostname="localhost")
         self._client = sock
         self._output = Path(directory, kind)
@@ -143,27 +125,16 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--certificate", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser(__doc__, KINDS).parse_args()
     if options.serve is not None:
-        with asyncio.Runner(loop_factory=loop_of(options.serve)) as runner:
-            runner.run(serve(options.serve, options.certificate))
+        run(options.serve, options.certificate, serve)
         return
-    authority = trustme.CA()
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    with tempfile.TemporaryDirectory() as directory:
-        certificate = os.path.join(directory, "certificate.pem")
-        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+    with identity() as (certificate, context), tempfile.TemporaryDirectory() as directory:
         result = {kind: measure(kind, certificate, directory, context) for kind in options.kinds}
     if options.json:
         print(json.dumps(result))
         return
-    print(f"Linux {platform.release()}, Python {platform.python_version()}, {ssl.OPENSSL_VERSION}")
+    print(versions())
     print("system calls per message of 1 KiB received and sent back:")
     for kind, calls in result.items():
         detail = ", ".join(f"{name} {number:.3g}" for name, number in sorted(calls.items()))
