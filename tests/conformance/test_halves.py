@@ -44,6 +44,23 @@ def _nothing_more_goes_out(scene: Scene) -> None:
             scene.tls.send(b"no")
 
 
+def _nothing_more_comes(scene: Scene) -> None:
+    """A clean end, however often it is asked for."""
+    for _ in range(_AGAIN):
+        assert scene.tls.recv(10) == b""
+
+
+def _reading_raises(scene: Scene, error: type[BaseException]) -> None:
+    for _ in range(_AGAIN):
+        with pytest.raises(error):
+            scene.tls.recv(10)
+
+
+def _we_close_the_rest(scene: Scene) -> None:
+    scene.tls.close()
+    scene.peer.expect_fin()
+
+
 @behaviour(_OURS, "goes on sending, then closes", "everything is read, then a clean end")
 def test_peer_goes_on(scene: Scene) -> None:
     _we_close(scene)
@@ -53,11 +70,9 @@ def test_peer_goes_on(scene: Scene) -> None:
         _nothing_more_goes_out(scene)
     scene.peer.close_notify()
     fin(scene)
-    for _ in range(_AGAIN):
-        assert scene.tls.recv(10) == b""
+    _nothing_more_comes(scene)
     _nothing_more_goes_out(scene)
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _we_close_the_rest(scene)
 
 
 @behaviour(
@@ -76,8 +91,7 @@ def test_update_after_our_end(scene: Scene) -> None:
     scene.reads(b"new")
     scene.peer.close_notify()
     assert scene.tls.recv(10) == b""
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _we_close_the_rest(scene)
 
 
 @behaviour(_OURS, "FIN without close_notify", "`TruncatedError`")
@@ -86,12 +100,9 @@ def test_fin_after_our_end(scene: Scene) -> None:
     scene.peer.send_data(b"some")
     fin(scene)
     scene.reads(b"some")
-    for _ in range(_AGAIN):
-        with pytest.raises(TruncatedError):
-            scene.tls.recv(10)
+    _reading_raises(scene, TruncatedError)
     _nothing_more_goes_out(scene)
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _we_close_the_rest(scene)
 
 
 @behaviour(_OURS, "RST", "what came is read, then `ConnectionResetError` for ever")
@@ -100,9 +111,7 @@ def test_reset_after_our_end(scene: Scene) -> None:
     scene.peer.send_data(b"some")
     reset(scene)
     scene.reads(b"some")
-    for _ in range(_AGAIN):
-        with pytest.raises(ConnectionResetError):
-            scene.tls.recv(10)
+    _reading_raises(scene, ConnectionResetError)
     scene.tls.close()
 
 
@@ -110,11 +119,8 @@ def test_reset_after_our_end(scene: Scene) -> None:
 def test_alert_after_our_end(scene: Scene) -> None:
     _we_close(scene)
     scene.peer.send_alert(AlertDescription.INTERNAL_ERROR)
-    for _ in range(_AGAIN):
-        with pytest.raises(AlertReceived):
-            scene.tls.recv(10)
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _reading_raises(scene, AlertReceived)
+    _we_close_the_rest(scene)
 
 
 @behaviour(
@@ -128,18 +134,15 @@ def test_bad_record_after_our_end(scene: Scene) -> None:
         with pytest.raises(RemoteProtocolError) as caught:
             scene.tls.recv(10)
         assert caught.value.alert is AlertDescription.BAD_RECORD_MAC
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _we_close_the_rest(scene)
 
 
 @behaviour(_OURS, "close_notify that crossed it", "a clean end of both directions")
 def test_crossing(scene: Scene) -> None:
     scene.peer.close_notify()
     _we_close(scene)
-    for _ in range(_AGAIN):
-        assert scene.tls.recv(10) == b""
-    scene.tls.close()
-    scene.peer.expect_fin()
+    _nothing_more_comes(scene)
+    _we_close_the_rest(scene)
 
 
 # --- the peer's end came first -------------------------------------------------------------------------------------
@@ -204,8 +207,7 @@ def test_update_never_answered(scene: Scene) -> None:
     scene.tls.refresh_traffic_keys(request_peer=True)
     scene.peer.expect_update(UPDATE_REQUESTED)
     scene.peer.close_notify()
-    for _ in range(_AGAIN):
-        assert scene.tls.recv(10) == b""
+    _nothing_more_comes(scene)
     sends(scene)
     scene.tls.refresh_traffic_keys(request_peer=True)
     assert scene.tls.key_usage.tx.generation == 2
@@ -221,8 +223,7 @@ def test_reset_after_their_end(scene: Scene) -> None:
     scene.peer.close_notify()
     reset(scene)
     scene.reads(b"last")
-    for _ in range(_AGAIN):
-        assert scene.tls.recv(10) == b""
+    _nothing_more_comes(scene)
     for _ in range(_AGAIN):
         with pytest.raises(ConnectionError):
             scene.tls.send(b"no")

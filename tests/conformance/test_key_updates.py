@@ -56,6 +56,14 @@ def _answers(scene: Scene, rx: int) -> None:
     _follows(scene, rx, tx=1)
 
 
+def _followed_and_refused(scene: Scene, alert: AlertDescription, *, silent: bool = False) -> None:
+    """We have followed an update, and then refuse what comes; where the kernel can't follow, we say so."""
+    if not scene.can_change_rx:
+        scene.cannot_follow()
+        return
+    scene.refused(alert, silent=silent)
+
+
 def _from_peer(name: str, expected: str, **options: Any) -> Mark:
     return behaviour(_GROUP, name, expected, versions=("1.3",), **options)
 
@@ -165,10 +173,7 @@ def test_flood_of_updates(scene: Scene) -> None:
     # Time gives some of the budget back while we work on them: send more than the slowest kernel earns.
     count = int(FloodBudget.CAPACITY) + 600
     scene.peer.send_raw(b"".join(scene.peer.sealed_update() for _ in range(count)))
-    if not scene.can_change_rx:
-        scene.cannot_follow()
-        return
-    scene.refused(AlertDescription.UNEXPECTED_MESSAGE, silent=True)
+    _followed_and_refused(scene, AlertDescription.UNEXPECTED_MESSAGE, silent=True)
 
 
 # --- split and joined ----------------------------------------------------------------------------------------------
@@ -330,10 +335,7 @@ def test_old_key(scene: Scene) -> None:
     scene.may_fail_to_decrypt()
     scene.peer.send_handshake(UPDATE)
     scene.peer.send_data(b"under the old key")
-    if not scene.can_change_rx:
-        scene.cannot_follow()
-        return
-    scene.refused(AlertDescription.BAD_RECORD_MAC)
+    _followed_and_refused(scene, AlertDescription.BAD_RECORD_MAC)
 
 
 @_from_peer("data under a key one generation too far", "`bad_record_mac`")
@@ -342,10 +344,7 @@ def test_generation_left_out(scene: Scene) -> None:
     scene.peer.send_update()
     scene.peer.change_tx_key()
     scene.peer.send_data(b"too far")
-    if not scene.can_change_rx:
-        scene.cannot_follow()
-        return
-    scene.refused(AlertDescription.BAD_RECORD_MAC)
+    _followed_and_refused(scene, AlertDescription.BAD_RECORD_MAC)
 
 
 @_from_peer("a new key without an update", "`bad_record_mac`")
