@@ -8,7 +8,7 @@ import ssl
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import trustme
 
@@ -127,22 +127,18 @@ def _pinned(context: _Context, version: ssl.TLSVersion | None) -> _Context:
     return context
 
 
-class EchoServer:
-    """A thread that accepts TLS connections and echoes each until its end, with whatever context it is given.
+class ThreadServer:
+    """A thread that accepts connections and serves them one after the other. What went wrong with one is in ``errors``."""
 
-    Connections are served one after the other. What went wrong with one is in ``errors``.
-    """
-
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self) -> None:
         self.errors: list[OSError] = []
         self.connections = 0
-        self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        self._thread = threading.Thread(target=self._run, name="echo")
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__)
         self._thread.start()
 
-    def __enter__(self) -> EchoServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -151,7 +147,7 @@ class EchoServer:
     def close(self) -> None:
         """Stop; a connection that is being served is served to its end first."""
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.shutdown(socket.SHUT_RDWR)  # close() would not wake the accept
         self._thread.join()
         self._listener.close()
 
@@ -162,14 +158,25 @@ class EchoServer:
             except OSError:
                 return
             self.connections += 1
-            sock.settimeout(20)
+            sock.settimeout(30)
             try:
-                with sock, self._context.wrap_socket(sock, server_side=True) as tls:
-                    self._echo(tls)
+                with sock:
+                    self._serve(sock)
             except OSError as error:
                 self.errors.append(error)
 
-    @staticmethod
-    def _echo(tls: Any) -> None:
-        while data := tls.recv(65536):
-            tls.sendall(data)
+    def _serve(self, sock: socket.socket) -> None:
+        raise NotImplementedError
+
+
+class EchoServer(ThreadServer):
+    """Echoes each TLS connection until its end, with whatever context it is given."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        super().__init__()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with self._context.wrap_socket(sock, server_side=True) as tls:
+            while data := tls.recv(65536):
+                tls.sendall(data)

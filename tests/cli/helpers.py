@@ -18,12 +18,14 @@ import urllib.request
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import ktls
 from ktls.aio import new_event_loop
 from ktls.cli.serving import FileServer, listen
 from ktls.settings import settings_of
+
+from ..support import ThreadServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -193,7 +195,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-class ScriptedServer:
+class ScriptedServer(ThreadServer):
     """Accepts TLS connections; keeps each request's head, and answers with the next script.
 
     A script is the bytes of the answer. ``cut``: TCP ends without close_notify after them.
@@ -203,36 +205,14 @@ class ScriptedServer:
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self._context.load_cert_chain(identity.certificate, identity.key)
         self._scripts: list[tuple[bytes, bool]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._run)
         self.requests: list[bytes] = []
-        self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}/"
         self.ca = str(identity.ca)
+        super().__init__()
+        self.url = f"https://127.0.0.1:{self.address[1]}/"
 
     def answer(self, *lines: str, body: bytes = b"", cut: bool = False) -> None:
         head = "".join(f"{line}\r\n" for line in (*lines, ""))
         self._scripts.append((head.encode("latin-1") + body, cut))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # close() would not wake the accept.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            with sock, contextlib.suppress(OSError):
-                sock.settimeout(30)
-                self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
         with self._context.wrap_socket(sock, server_side=True) as tls:
