@@ -195,7 +195,9 @@ def test_nothing_is_no_record(net: Net, one_of_each: Loop) -> None:
     one_of_each.run(main)
 
 
-@pytest.mark.parametrize("wrong", ["text", 5, None, [b"x"], object()], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", ["text", 5, None, [b"x"], object()], ids=lambda wrong: type(wrong).__name__
+)
 def test_what_is_no_data(net: Net, one_of_each: Loop, wrong: Any) -> None:
     async def main() -> None:
         link = scripted(net)

@@ -147,34 +147,36 @@ def test_half_close(peers: Peers, version: ssl.TLSVersion, role: Role) -> None:
     unwrap.result().close()
 
 
-@VERSIONS
-def test_their_client_resumes(peers: Peers, version: ssl.TLSVersion) -> None:
-    ours = our_context(peers.pki, "server", version)
-    theirs = stdlib_context(peers.pki, "client", version)
+def check_resumption(
+    peers: Peers,
+    role: Role,
+    ours: ktls.SSLContext,
+    theirs: ssl.SSLContext,
+    *,
+    connections: int = 3,
+) -> None:
+    """Connect again and again, with the client's session of the time before. ``role`` is ours."""
     session = None
-    for number in range(3):
-        pair = connect(peers, "server", ours, theirs, session)
+    for number in range(connections):
+        pair = connect(peers, role, ours, theirs, session)
         exchange(pair, 100)
         assert pair[0].session_reused is (number > 0)
         assert pair[1].session_reused is (number > 0)
-        session = pair[1].session
+        session = pair[0 if role == "client" else 1].session
         with unwrapping(pair):
             pass
+
+
+@VERSIONS
+def test_their_client_resumes(peers: Peers, version: ssl.TLSVersion) -> None:
+    ours = our_context(peers.pki, "server", version)
+    check_resumption(peers, "server", ours, stdlib_context(peers.pki, "client", version))
 
 
 @VERSIONS
 def test_our_client_resumes(peers: Peers, version: ssl.TLSVersion) -> None:
     ours = our_context(peers.pki, "client", version)
-    theirs = stdlib_context(peers.pki, "server", version)
-    session = None
-    for number in range(3):
-        pair = connect(peers, "client", ours, theirs, session)
-        exchange(pair, 100)
-        assert pair[0].session_reused is (number > 0)
-        assert pair[1].session_reused is (number > 0)
-        session = pair[0].session
-        with unwrapping(pair):
-            pass
+    check_resumption(peers, "client", ours, stdlib_context(peers.pki, "server", version))
 
 
 @VERSIONS
@@ -183,14 +185,7 @@ def test_tickets_off(peers: Peers, version: ssl.TLSVersion) -> None:
     ours = our_context(peers.pki, "server", version)
     ours.options |= ssl.OP_NO_TICKET
     theirs = stdlib_context(peers.pki, "client", version)
-    session = None
-    for number in range(2):
-        pair = connect(peers, "server", ours, theirs, session)
-        exchange(pair, 100)
-        assert pair[0].session_reused is (number > 0)
-        session = pair[1].session
-        with unwrapping(pair):
-            pass
+    check_resumption(peers, "server", ours, theirs, connections=2)
 
 
 @ROLES

@@ -91,7 +91,8 @@ def main(how: str, certificate: str) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     match how:
-        case "run_app":
+        case "run_app" | "run_app-uvloop":
+            uvloop = how == "run_app-uvloop"
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 print(f"https://127.0.0.1:{listener.getsockname()[1]}", flush=True)
                 web.run_app(
@@ -99,17 +100,7 @@ def main(how: str, certificate: str) -> None:
                     sock=listener,
                     ssl_context=context,
                     print=None,
-                    loop=ktls.aio.new_event_loop(),
-                )
-        case "run_app-uvloop":
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                print(f"https://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-                web.run_app(
-                    application(),
-                    sock=listener,
-                    ssl_context=context,
-                    print=None,
-                    loop=ktls.aio.new_uvloop_event_loop(),
+                    loop=ktls.aio.new_uvloop_event_loop() if uvloop else ktls.aio.new_event_loop(),
                 )
         case "runner":
             with contextlib.suppress(KeyboardInterrupt):
