@@ -19,6 +19,15 @@ from .state import ExportedState, StateSnapshot
 __all__ = ("HandoverSocket",)
 
 
+def _settings_of(snapshot: StateSnapshot) -> Settings:
+    """Return what was carried of the settings."""
+    return Settings(
+        offload=snapshot.offload,
+        key_limits=snapshot.driver.connection.limits,
+        shutdown_timeout=snapshot.shutdown_timeout,
+    )
+
+
 class HandoverSocket(EstablishedFacts, ClosingSocket):
     """A TLS socket whose connection can move to another process."""
 
@@ -89,23 +98,25 @@ class HandoverSocket(EstablishedFacts, ClosingSocket):
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
             raise NotImplementedError("only stream sockets are supported")
         check_socket(sock, snapshot.driver)
-        connection = snapshot.driver.connection
         if settings is None:
-            settings = Settings(
-                offload=snapshot.offload,
-                key_limits=connection.limits,
-                shutdown_timeout=snapshot.shutdown_timeout,
-            )
+            settings = _settings_of(snapshot)
         # For what it refuses, as long as the socket is still the caller's.
         restore_driver(sock, snapshot.driver, limits=settings.key_limits)
-        observer = settings.observer
         self = cls.__new__(cls)
         self._driver = None
         self._established = None
         ClosingSocket.__init__(
             self, sock, settings=settings, suppress_ragged_eofs=snapshot.suppress_ragged_eofs
         )
-        self._resumed(connection.role is Role.SERVER, snapshot.server_hostname)
+        is_server = snapshot.driver.connection.role is Role.SERVER
+        self._resumed(is_server, snapshot.server_hostname)
+        self._go_on(snapshot)
+        return self
+
+    def _go_on(self, snapshot: StateSnapshot) -> None:
+        """Be at work where ``snapshot`` was taken."""
+        settings = self._settings
+        observer = settings.observer
         self._driver = driver = restore_driver(
             self._raw,
             snapshot.driver,
@@ -127,7 +138,6 @@ class HandoverSocket(EstablishedFacts, ClosingSocket):
                 snapshot.info.session_reused,
                 Offload(driver.tx_layer, driver.rx_layer, snapshot.offload_reason),
             )
-        return self
 
     def _resumed(self, server_side: bool, server_hostname: str | None) -> None:
         """Be as after the handshake, without having made one."""
