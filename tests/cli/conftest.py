@@ -11,7 +11,7 @@ import pytest
 import ktls
 from ktls.cli.local_ca import local_identity
 
-from .helpers import RunningServer, ScriptedServer, running_server
+from .helpers import DATA, LocalServer, RunningServer, ScriptedServer, running_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,3 +70,11 @@ def scripted(identity: Identity) -> Iterator[ScriptedServer]:
     """A TLS server that answers each connection with the next of its bytes."""
     with ScriptedServer(identity) as running:
         yield running
+
+
+@pytest.fixture
+def file(server: LocalServer) -> Path:
+    """A file that the server has: ``DATA``."""
+    path = server.directory / "file.bin"
+    path.write_bytes(DATA)
+    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import os
 import queue
 import signal
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import ktls
 from ktls.aio import new_event_loop
+from ktls.cli import main
 from ktls.cli.serving import FileServer, listen
 from ktls.settings import settings_of
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
     from ktls.cli.local_ca import Identity
     from ktls.cli.metrics import Metrics
+
+DATA = bytes(range(256)) * 400  # several records
+BIG = 20 << 20  # more than any socket buffer
 
 
 def client_context(ca: Path) -> ssl.SSLContext:
@@ -254,3 +259,36 @@ def fields(request: bytes) -> dict[str, str]:
     lines = request.decode("latin-1").split("\r\n")[1:]
     pairs = (line.partition(":") for line in lines if line)
     return {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def make_big(path: Path) -> None:
+    """Make a file of ``BIG`` bytes."""
+    with open(path, "wb") as file:
+        file.truncate(BIG)
+
+
+def get(
+    connection: http.client.HTTPSConnection, path: str, method: str = "GET", **headers: str
+) -> tuple[http.client.HTTPResponse, bytes]:
+    """Send a request, and return the whole response and its body. ``headers``: underscores stand for hyphens."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, headers=fields)
+    response = connection.getresponse()
+    return response, response.read()
+
+
+def download(server: LocalServer | ScriptedServer, path: str, *options: str) -> int:
+    """Run ``ktls get`` in this process, and return its status."""
+    return main(["get", server.url + path, "--cacert", str(server.ca), *options])
+
+
+def here() -> set[str]:
+    """The files in the current directory, without what the server serves."""
+    return {path.name for path in Path().iterdir() if path.name != "served"}
+
+
+def leave_part(url: str, data: bytes, validator: str, size: int | None = len(DATA)) -> None:
+    """What an earlier, interrupted ``ktls get URL -o got`` leaves behind."""
+    Path("got.part").write_bytes(data)
+    notes = {"url": url, "validator": validator, "size": size}
+    Path("got.part.json").write_text(json.dumps(notes), encoding="utf-8")

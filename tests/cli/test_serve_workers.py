@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .helpers import client_context, serve_command, wait_until
+from .helpers import BIG, client_context, make_big, serve_command, wait_until
 
 if TYPE_CHECKING:
     from .helpers import Command
 
 pytestmark = pytest.mark.slow
 
-BIG = 20 << 20  # more than any socket buffer
 CONNECTIONS = 30
 FEW = 8
 
@@ -133,8 +132,7 @@ def refused(port: int) -> bool:
     ("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGTERM), ("2", signal.SIGINT)]
 )
 def test_downloads_finish(tmp_path: Path, data_home: Path, workers: str, number: int) -> None:
-    with open(tmp_path / "big", "wb") as file:
-        file.truncate(BIG)
+    make_big(tmp_path / "big")
     with serve_command(tmp_path, data_home, "--workers", workers) as command:
         with contextlib.ExitStack() as stack:
             idle = stack.enter_context(command.connection())
@@ -160,8 +158,7 @@ def test_downloads_finish(tmp_path: Path, data_home: Path, workers: str, number:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_second_signal_cuts(tmp_path: Path, data_home: Path, workers: str) -> None:
-    with open(tmp_path / "big", "wb") as file:
-        file.truncate(BIG)
+    make_big(tmp_path / "big")
     with (
         serve_command(tmp_path, data_home, "--workers", workers) as command,
         command.connection() as idle,
@@ -196,8 +193,7 @@ def test_signal_at_once(tmp_path: Path, data_home: Path, workers: str) -> None:
 
 
 def test_grace_ends(tmp_path: Path, data_home: Path) -> None:
-    with open(tmp_path / "big", "wb") as file:
-        file.truncate(BIG)
+    make_big(tmp_path / "big")
     with (
         serve_command(tmp_path, data_home, "--workers", "2", "--grace", "0.1") as command,
         command.connection() as connection,
