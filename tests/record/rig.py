@@ -1,4 +1,4 @@
-"""A driver at work: over any two layers, with a scripted peer at the other end."""
+"""A driver at work: over any two layers, with a scripted peer at the other end. And one half of the kernel by itself, with the same peer."""
 
 from __future__ import annotations
 
@@ -181,20 +181,24 @@ class Worker(threading.Thread, Generic[_T]):
 
 
 def again() -> BlockingIOError:
+    """What a layer raises where there is no room."""
     return BlockingIOError(errno.EAGAIN, "no room")
 
 
 def next_message(r: Rig) -> InboundPlainMessage:
+    """What the peer receives next; it must be something."""
     message = r.peer.read_message()
     assert message is not None
     return message
 
 
 def next_is_data(r: Rig, data: bytes) -> None:
+    """Check that the peer receives a record with ``data`` next."""
     assert next_message(r) == InboundPlainMessage(DATA, data)
 
 
 def next_is_key_update(r: Rig) -> None:
+    """Check that the peer receives a KeyUpdate next."""
     message = next_message(r)
     assert is_key_update(message), message
 
@@ -216,6 +220,7 @@ def refused(number: int) -> Iterator[None]:
 def receiving(
     suite: CipherSuite = TLS13,
 ) -> Iterator[tuple[KernelReceiver, RecordPeer, socket.socket]]:
+    """Give the kernel's receiving half, its peer, and the socket."""
     with loopback_pair() as (sock, theirs):
         receiver = kernel_receiver(sock, suite, made_up_keys(suite, "peer"), 0)
         yield receiver, RecordPeer(theirs, suite), sock
@@ -225,6 +230,7 @@ def receiving(
 def sending(
     suite: CipherSuite = TLS13, *, small: bool = False
 ) -> Iterator[tuple[KernelSender, RecordPeer, socket.socket]]:
+    """Give the kernel's sending half, its peer, and the socket. ``small``: buffers of 16 KiB."""
     size = 16 * 1024 if small else None
     with loopback_pair(sndbuf=size, rcvbuf=size) as (sock, theirs):
         sender = kernel_sender(sock, suite, made_up_keys(suite, "us"), 0, MAX_FRAGMENT)
@@ -233,6 +239,7 @@ def sending(
 
 @contextlib.contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
+    """Give the ends of a pipe: to read, to write."""
     reads, writes = os.pipe()
     try:
         yield reads, writes
@@ -242,6 +249,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def crypto_info(suite: CipherSuite = TLS13, name: str = "us") -> bytes:
+    """What ``setsockopt`` takes for the made-up keys of that name, from record 0 on."""
     return pack_crypto_info(suite, made_up_keys(suite, name), 0)
 
 
