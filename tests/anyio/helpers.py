@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import anyio
 from anyio.abc import SocketAttribute
 
-from ktls.anyio import KTLSAttribute, KTLSStream
+from ktls.anyio import KTLSAttribute, KTLSListener, KTLSStream
 from ktls.testing import halve_send_buffer
 
 from ..sockets.helpers import PATIENCE, Case, Net, matrix, read_all
@@ -184,3 +184,19 @@ def changing() -> list[Case]:
         for case in (*cases, Case(version=TLS13, peer="ktls", offload="userspace"))
         if case.may_refresh
     ]
+
+
+async def echo(stream: KTLSStream) -> None:
+    """Send back everything until the end."""
+    async with stream:
+        try:
+            while True:
+                await stream.send(await stream.receive())
+        except anyio.EndOfStream:
+            pass
+
+
+def port_of(listener: KTLSListener) -> int:
+    """Where it listens."""
+    port: int = listener.extra(SocketAttribute.local_port)
+    return port

@@ -30,6 +30,8 @@ PeerKind: TypeAlias = Literal["stdlib", "ktls"]
 
 #: How long a peer waits before it gives up: no test is that slow, not even in the lab.
 PATIENCE: Final = 30.0
+#: What takes this long did not keep its deadline.
+LATE: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import ktls
 
 from ..support import HOST, TLS12, TLS13
 from .helpers import (
+    LATE,
     PATIENCE,
     Case,
     Net,
@@ -29,9 +30,6 @@ from .helpers import (
     reset,
     slowly,
 )
-
-LATE = 5.0
-
 
 # --- in order --------------------------------------------------------------------------------------------------------
 
