@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
 import random
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +23,7 @@ from .crew import FRAME, PATIENCE, Crew, Frames, frame
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import FrameType
 
 #: With this set, a hundred times as much.
 LONG: Final = os.environ.get("KTLS_TRUST") is not None
@@ -235,7 +238,8 @@ def until_closed(call: Callable[[Any], object], argument: object) -> None:
 def close_and_take(sock: ktls.KTLSSocket, pairs: list[tuple[socket.socket, socket.socket]]) -> None:
     """Close ``sock``, and give its number to another socket."""
     number = sock.fileno()
-    sock.close()
+    with contextlib.suppress(TimeoutError):  # somebody is sending
+        sock.close()
     while not pairs or number > max(end.fileno() for end in pairs[-1]):
         pairs.append(socket.socketpair())
 
@@ -295,3 +299,51 @@ def test_many_handshakes_on_one_context(net: Net, restless: None, tls_stat: TlsS
         crew.spawn(one, number)
     crew.finish()
     assert tls_stat["TlsDecryptError"] == 0
+
+
+class Pause:
+    """Lets something happen in another thread, once, after ``ktls`` has asked a socket for its descriptor and before it does anything more: there Python may go on with any other thread."""
+
+    def __init__(self, function: str, action: Callable[[], object]) -> None:
+        self._function = function
+        self._action: Callable[[], object] | None = action
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        action = self._action
+        if action is None or event != "c_return" or frame.f_code.co_name != self._function:
+            return
+        if argument.__name__ == "fileno" and frame.f_globals["__name__"] == "ktls.record.kernel":
+            self._action = None
+            other = threading.Thread(target=action)
+            other.start()
+            other.join(PATIENCE)
+
+
+@pytest.mark.rekey
+@pytest.mark.parametrize("function", ["sendfile", "splice"])
+def test_number_of_a_descriptor_is_used_at_once(net: Net, tmp_path: Path, function: str) -> None:
+    """A file is not sent to, nor filled by, a stranger who has got the number meanwhile."""
+    link = net.link(Case(peer="ktls"), timeout=0.1)
+    strangers: list[tuple[socket.socket, socket.socket]] = []
+
+    link.theirs.sendall(b"data")
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"secret")
+        file.flush()
+        sys.setprofile(Pause(function, lambda: close_and_take(link.ours, strangers)))
+        try:
+            if function == "sendfile":
+                link.ours.sendfile(file)
+            else:
+                link.ours.recvfile(file, 4)
+        except OSError:
+            pass  # it was closed in between
+        finally:
+            sys.setprofile(None)
+    ends = [end for pair in strangers for end in pair]
+    for end in ends:
+        with pytest.raises(BlockingIOError):
+            end.recv(1, socket.MSG_DONTWAIT)
+    for end in ends:
+        end.close()
+    assert not ends, "a number was asked for first, and used afterwards"

@@ -62,6 +62,8 @@ __all__ = ("KernelReceiver", "KernelSender", "attach")
 _CONTROL_SPACE: Final = socket.CMSG_SPACE(1)
 #: The most buffers that one system call takes (UIO_MAXIOV of linux/uio.h).
 _IOV_MAX: Final = 1024
+#: A function of C: see ``interruption``.
+_fileno: Final = socket.socket.fileno
 _KEY_UPDATE_BYTE: Final = bytes((HandshakeType.KEY_UPDATE,))
 
 
@@ -179,8 +181,9 @@ class KernelSender:
         try:
             left = os.fstat(fd).st_size - offset
             size = min(count, left) if left > 0 else count
-            ours = self._sock.fileno()
-            sent += map(os.sendfile, (ours,), (fd,), (offset,), (size,))  # as in ``send_record``
+            # As in ``send_record``; and after ``fileno`` another thread could close the socket, and the number be somebody else's.
+            ours = map(_fileno, (self._sock,))
+            sent += map(os.sendfile, ours, (fd,), (offset,), (size,))
         except OSError as error:
             self._note(error)
             raise
@@ -348,7 +351,8 @@ class KernelReceiver:
             if self._halted:
                 self._go_on()
             try:
-                moved = os.splice(self._sock.fileno(), pipe, count, flags=flags)
+                ours = map(_fileno, (self._sock,))  # as in ``sendfile``
+                [moved] = map(os.splice, ours, (pipe,), (count,), (None,), (None,), (flags,))
             except OSError as error:
                 if error.errno == errno.EIO:  # of control records ``splice`` says EINVAL
                     raise
