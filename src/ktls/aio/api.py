@@ -338,6 +338,7 @@ async def start_tls(
 
     What was written to ``transport`` goes out first, in plain text. ``transport`` itself is closed then, its connection goes on.
     On a server, what waits in the ``StreamReader`` of ``protocol`` is taken for the beginning of the handshake, as by asyncio from Python 3.14 on.
+    A client's is left there, as by asyncio: it is plain text that anybody may have put in, so look that nothing is left of it before.
     """
     if not isinstance(sslcontext, _SSLContext):
         raise TypeError(
