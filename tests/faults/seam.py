@@ -149,7 +149,9 @@ class Seam:
                     stack.callback(delattr, socket.socket, name)
             for name in ("sendfile", "splice", "pread", "fstat"):
                 _replace(stack, os, name, _os_function(self, name))
-            _replace(stack, builtins, "open", _open(self))
+            if self.everywhere:
+                _replace(stack, os, "dup", _os_function(self, "dup"))
+                _replace(stack, builtins, "open", _open(self))
             for module in _users_of_ioctl():
                 _replace(stack, module, "ioctl", _ioctl(self, module))
             self.armed = True
@@ -244,7 +246,7 @@ def _os_function(seam: Seam, name: str) -> Any:
 
     def function(first: int, second: Any = None, *args: Any, **options: Any) -> Any:
         def perform(size: int | None = None) -> Any:
-            if name == "fstat":
+            if name in ("fstat", "dup"):
                 return real(first)
             if name == "pread":  # fd, count, offset
                 return real(first, min(second, size or second), *args)

@@ -24,7 +24,7 @@ from ktls.handshake.handoff import Offload, hand_off, prepare
 from ktls.protocol.errors import OffloadError
 from ktls.pump import HandshakePump
 
-from .reading import shared_by
+from .reading import AGAIN, shared_by
 from .transport import KTLSTransport, Owner
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Handshake:
             return
         try:
             pump.run()
-        except BlockingIOError:
+        except AGAIN:
             self._watch("w" if pump.wants_write else "r")
         except (SystemExit, KeyboardInterrupt):
             raise

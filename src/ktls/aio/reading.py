@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from ktls.handshake.handoff import RecordDriver
     from ktls.record.interface import WriteBuffer
 
-__all__ = ("MAX_READS", "ReadingTransport", "Shared", "shared_by")
+__all__ = ("AGAIN", "MAX_READS", "ReadingTransport", "Shared", "shared_by")
 
 #: As asyncio's own transports (``max_size``): sixteen full records in one system call.
 _BUFFER_SIZE: Final = 256 * 1024
 #: Reads of one event, at most; the others get their turn, and we come back.
 MAX_READS: Final = 16
+#: What is tried again at the next event.
+AGAIN: Final = (BlockingIOError, InterruptedError)
 #: Seconds after which what ``poll`` may hide is looked for.
 _LOOK_AFTER: Final = 0.01
 
@@ -211,6 +213,9 @@ class ReadingTransport(asyncio.transports._FlowControlMixin):
                 count = driver.receiving.read_now(buffer)
             except TruncatedError as error:
                 self._end_of_stream(error)
+                return
+            except InterruptedError:
+                self._look_soon(self._look_again)
                 return
             except OSError as error:
                 self._read_failed(error)

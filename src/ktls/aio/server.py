@@ -191,8 +191,11 @@ class Server(asyncio.AbstractServer):
         Handshake(self._loop, sock, protocol, self._terms, names=names, server=self).start()
 
     def _own_name(self, sock: socket.socket) -> Any:
-        """Return the address of ``sock``: for most connections the same as for the one before, so one object will do."""
-        name = sock.getsockname()
+        """Return the address of ``sock``, or None: for most connections the same as for the one before, so one object will do."""
+        try:
+            name = sock.getsockname()
+        except OSError:
+            return None
         if name != self._last_name:
             self._last_name = name
         return self._last_name

@@ -27,7 +27,7 @@ from ktls.record.linux import SIOCOUTQ
 
 from .closing import Closer
 from .established import KTLSObject
-from .reading import MAX_READS
+from .reading import AGAIN, MAX_READS
 from .writing import WritingTransport, say_close_notify
 
 if TYPE_CHECKING:
@@ -256,15 +256,14 @@ class KTLSTransport(WritingTransport):
                 return
             self._stop_writing()
             self._driver.flush()
-        except BlockingIOError:
+            shut_down(self._sock)
+        except AGAIN:
             # The FIN can't go now without cutting a record off; ``close`` will send it, at the latest.
             if self._driver.unsent:
                 self._wait_for_room()
             return
         except OSError as error:
             self._write_failed(error)
-            return
-        shut_down(self._sock)
 
     def _discard(self) -> None:
         """While we close: read and drop. See ``closing``."""

@@ -26,7 +26,7 @@ from ktls.handshake.handoff import RecordDriver
 from ktls.record.interface import DEAD_ERRNOS, ReadBuffer
 from ktls.record.meter import MAX_PIECE
 
-from .reading import ReadingTransport
+from .reading import AGAIN, ReadingTransport
 
 __all__ = ("FilePart", "Mark", "WritingTransport", "say_close_notify")
 
@@ -136,7 +136,7 @@ class WritingTransport(ReadingTransport):
                     sent = self._corked(self._driver.sending.send, data)
                 else:
                     sent = self._driver.sending.send(data)
-            except BlockingIOError:
+            except AGAIN:
                 sent = 0
             except OSError as error:
                 self._write_failed(error)
@@ -161,7 +161,7 @@ class WritingTransport(ReadingTransport):
         if self._queue is None:
             try:
                 sent = self._send_buffers(buffers[:_MAX_VECTOR])
-            except BlockingIOError:
+            except AGAIN:
                 sent = 0
             except OSError as error:
                 self._write_failed(error)
@@ -272,7 +272,7 @@ class WritingTransport(ReadingTransport):
                 if self._driver.unsent and not self._closing:
                     # Says if the connection is gone, which the other never does: TCP would have room for ever.
                     self._driver.flush()
-        except BlockingIOError:
+        except AGAIN:
             pass
         except OSError as error:
             self._write_failed(error)
@@ -307,7 +307,7 @@ class WritingTransport(ReadingTransport):
                 if self._direct and part.is_big
                 else part.send(self._driver)
             )
-        except BlockingIOError:
+        except AGAIN:
             raise
         except OSError as error:
             if isinstance(error, ssl.SSLError) or error.errno in DEAD_ERRNOS:
@@ -363,7 +363,7 @@ def say_close_notify(driver: RecordDriver) -> bool:
     """Send close_notify if there is room; return whether it has gone. ``OSError`` from the network."""
     try:
         driver.close_notify(socket.MSG_DONTWAIT, patience=0)
-    except BlockingIOError:
+    except AGAIN:
         return False
     return True
 
