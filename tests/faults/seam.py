@@ -111,6 +111,8 @@ class Seam:
         self.armed = False
         #: Every call of ktls counts, on whatever descriptor, and those that make one: for what makes its own.
         self.everywhere = False
+        #: If not empty: no other calls count.
+        self.only: tuple[str, ...] = ()
         self._watched: set[int] = set()
 
     def watch(self, fd: int) -> None:
@@ -126,6 +128,8 @@ class Seam:
         if not self.armed or not (self.everywhere or self._watched.intersection(fds)):
             return perform()
         site = _site()
+        if self.only and name not in self.only:
+            return perform()
         if site is None:  # not ktls's: the event loop's, a test's
             return perform()
         call = Call(name, *site)

@@ -270,6 +270,7 @@ def serve(net: Net, plan: dict[int, Fault]) -> tuple[Seam, list[dict[str, Any]],
     """A server and a client that says hello; return the calls, what the loop heard, and what the client got."""
     seam = Seam()
     seam.plan = plan
+    seam.only = ACCEPTING  # how often a handshake looks in vain depends on the time
     loop = Loop("functions")
     context: Any = net.context("stdlib", "client")
 
@@ -312,10 +313,8 @@ def test_accepting(net: Net, number: int) -> None:
     """Whoever connects is served, or cut off at once; and nothing is left of it."""
     clean, heard, got = serve(net, {})
     assert (heard, got) == ([], "hello")
-    positions = [n for n, call in enumerate(clean.calls) if call.name in ACCEPTING]
-    names = {clean.calls[position].name for position in positions}
-    assert names >= {"accept", "getsockname"}
-    for position in positions:
+    assert {call.name for call in clean.calls} >= {"accept", "getsockname"}
+    for position in range(len(clean.calls)):
         before = descriptors()
         spoilt, heard, got = serve(net, {position: Error(number)})
         (call, _), *_ = spoilt.hits
