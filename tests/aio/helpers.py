@@ -53,13 +53,13 @@ class Loop:
         self.name = name
         self.problems: list[dict[str, Any]] = []
 
-    def run(self, main: Callable[[], Awaitable[_T]]) -> _T:
-        """Run ``main`` to its end, which must come."""
+    def run(self, main: Callable[[], Awaitable[_T]], patience: float = PATIENCE) -> _T:
+        """Run ``main`` to its end, which must come within ``patience`` seconds."""
 
         async def bounded() -> _T:
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(lambda _, context: self.problems.append(context))
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(patience):
                 result = await main()
             await turns(3)
             tasks = asyncio.all_tasks() - {asyncio.current_task()}

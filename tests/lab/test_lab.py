@@ -147,6 +147,18 @@ def test_timeout() -> None:
     assert (result.returncode, result.stderr) == (124, "lab: no end after 4 seconds\n")
 
 
+@pytest.mark.parametrize(("kind", "status"), [("rekey", 125), ("norekey", 139)])
+def test_process_with_too_many_pages_is_told_apart(kind: str, status: int) -> None:
+    """Each page is a mapping of the host's, and these have a limit; one of the kernels would leave the process spinning."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 100_000:
+        pytest.skip(f"vm.max_map_count is {limit} here: more than a guest has memory for")
+    program = f"import mmap; pages = mmap.mmap(-1, {4096 * 2 * limit}); [pages.write_byte(1) or pages.seek(8191, 1) for _ in range({limit})]"
+    result = lab("--kernel", kind, "--timeout", "50", "--", "python3", "-c", program)
+    assert f"more than vm.max_map_count ({limit}) mappings" in result.stderr
+    assert result.returncode == status
+
+
 def test_kernels_differ_and_run_side_by_side() -> None:
     script = "grep -c TlsTxRekeyOk /proc/net/tls_stat; echo $KTLS_LAB"
     processes = {

@@ -32,6 +32,8 @@ CASES: Final = [
     *([Case(peer="ktls", offload="userspace")] if has_kernel_tls() else []),
 ]
 HANDSHAKES: Final = 400 if LONG else 24
+#: In the lab a fork takes a second or two.
+FORKS: Final = (20 if has_kernel_tls() else 100) if LONG else 4
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -128,7 +130,7 @@ def test_fork_while_others_shake_hands(net: Net) -> None:
         crew.spawn(serve)
     for _ in range(2):
         crew.spawn(ask)
-    for _ in range(100 if LONG else 4):
+    for _ in range(FORKS):
         reap(fork(child))
     stop.set()
     crew.finish()
@@ -170,7 +172,7 @@ def test_parent_is_not_disturbed(net: Net, case: Case) -> None:
     crew.spawn(read)
     crew.spawn(write)
     crew.spawn(refresh)
-    for work in (close, forget) * (20 if LONG else 1):
+    for work in (close, forget) * (FORKS // 4):
         reap(fork(work))
     stop.set()
     for thread in crew.threads[1:]:

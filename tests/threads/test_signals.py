@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import socket
@@ -59,6 +60,9 @@ class Pest:
     def at_work(self) -> Iterator[Pest]:
         """Be a pest inside of the block."""
         before = signal.signal(signal.SIGUSR1, self._handle)
+        # What an earlier test has left is not to be finalized here: an exception in a finalizer goes nowhere.
+        gc.collect()
+        gc.disable()
         self._thread.start()
         try:
             yield self
@@ -66,6 +70,7 @@ class Pest:
             self.armed = False
             self._stop.set()
             self._thread.join()
+            gc.enable()
             signal.signal(signal.SIGUSR1, before)
 
     def bother(self, call: Callable[[], object]) -> bool:
