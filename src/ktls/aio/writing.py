@@ -245,11 +245,18 @@ class WritingTransport(ReadingTransport):
 
     def _corked(self, send: Callable[[_T], _R], what: _T) -> _R:
         """Call ``send`` with ``what``, and let TCP make full segments of it."""
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        self._cork(1)
         try:
             return send(what)
         finally:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+            self._cork(0)
+
+    def _cork(self, held: int) -> None:
+        """Never raises: what was sent was sent, whatever comes of that. (TCP lets go by itself after 200 ms.)"""
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, held)
+        except OSError:
+            pass
 
     def _wait_for_room(self) -> None:
         if not self._watching and not self._lost:
