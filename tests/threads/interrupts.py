@@ -33,8 +33,10 @@ def _in_library(frame: FrameType) -> bool:
     return name.startswith(_SOURCES) and not name.startswith(_TESTING)
 
 
-def interrupted_at(place: int, work: Callable[[], object]) -> str | None:
-    """Run ``work`` in this thread and raise ``Interrupted`` at ``place`` (0 is the first); return which one it was.
+def interrupted_at(
+    place: int, work: Callable[[], object], error: type[BaseException] = Interrupted
+) -> str | None:
+    """Run ``work`` in this thread and raise ``error`` at ``place`` (0 is the first), which has to get through; return which place it was.
 
     None: ``work`` has no such place, and ended as ever.
     """
@@ -51,15 +53,18 @@ def interrupted_at(place: int, work: Callable[[], object]) -> str | None:
         code = frame.f_code
         after = f" after {getattr(function, '__name__', function)}" if event == "c_return" else ""
         hit = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}{after}"
-        raise Interrupted(hit)
+        raise error(hit)
 
+    came: BaseException | None = None
     gc.disable()  # finalisers of what other tests have left are not meant
     sys.setprofile(look)
     try:
         work()
-    except Interrupted:
-        pass
+    except error as raised:
+        came = raised
     finally:
         sys.setprofile(None)
         gc.enable()
+    assert came is None or came.args == (hit,)
+    assert hit is None or came is not None, f"{hit}: swallowed"
     return hit

@@ -18,7 +18,7 @@ from ktls.record.interface import Lock
 from ktls.testing.peers import is_key_update, pattern, wait_readable
 
 from ..record.rig import Layer, Rig, rig
-from .interrupts import interrupted_at
+from .interrupts import Interrupted, interrupted_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -124,12 +124,18 @@ def check(r: Rig, hit: str, closes: bool) -> str:
     return f"went on, {updates} KeyUpdates, {len(sent)} bytes"
 
 
-def sweep(operation: Operation, tx: Layer, rx: Layer, directory: Path) -> collections.Counter[str]:
+def sweep(
+    operation: Operation,
+    tx: Layer,
+    rx: Layer,
+    directory: Path,
+    error: type[BaseException] = Interrupted,
+) -> collections.Counter[str]:
     """Interrupt ``operation`` at each of its places, each time on a new connection."""
     outcomes: collections.Counter[str] = collections.Counter()
     for place in range(_PLACES):
         with rig(tx, rx) as r:
-            hit = interrupted_at(place, operation(r, directory))
+            hit = interrupted_at(place, operation(r, directory), error)
             if hit is None:
                 return outcomes
             outcomes[check(r, hit, operation is close)] += 1
@@ -163,6 +169,15 @@ def test_while_receiving(operation: Operation, tx: Layer, rx: Layer, tmp_path: P
         "went on, 2 KeyUpdates, 0 bytes",
         "failed",
     }
+
+
+@pytest.mark.parametrize(("tx", "rx"), LAYERS)
+@pytest.mark.parametrize("operation", [send, ask, receive, settle, close])
+def test_alarm_is_no_error_of_the_network(
+    operation: Operation, tx: Layer, rx: Layer, tmp_path: Path
+) -> None:
+    """``TimeoutError()`` is an ``OSError``, and yet no system call's: it gets through, and the connection is none the worse for it."""
+    assert any("went on" in outcome for outcome in sweep(operation, tx, rx, tmp_path, TimeoutError))
 
 
 @pytest.mark.parametrize(("tx", "rx"), LAYERS)

@@ -14,6 +14,7 @@ from ktls.protocol.states import InboundPlainMessage
 from ktls.protocol.suites import CipherSuite
 
 from .interface import LayerName, WriteBuffer
+from .interruption import of_a_handler
 from .kernel import KernelReceiver
 from .userspace import UserspaceReceiver
 
@@ -98,5 +99,7 @@ class CatchUpReceiver:
                     can_change_key=self._key_changes,
                 )
             except OSError as error:
+                if of_a_handler(error):
+                    raise
                 self.refusal = error
         return self._current

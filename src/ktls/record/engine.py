@@ -20,7 +20,7 @@ from ktls.protocol.errors import LocalProtocolError, TruncatedError
 from ktls.protocol.limits import DirectionUsage, KeyUsage
 
 from .interface import DEAD_ERRNOS, LayerName, ReadBuffer, WriteBuffer
-from .interruption import acquire_and_note
+from .interruption import acquire_and_note, of_a_handler
 
 __all__ = ("EngineDriver",)
 
@@ -151,8 +151,8 @@ class EngineDriver:
             accepted = self._engine.write(memoryview(data).cast("B")[:_BATCH])
         try:
             self._push(flags)
-        except OSError:
-            if self._error is not None:
+        except OSError as error:
+            if self._error is not None or of_a_handler(error):
                 raise
             # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
         return accepted
@@ -280,7 +280,9 @@ class EngineDriver:
                 if not acquire_and_note(held, self._tx_lock, 0):
                     return
                 self._push(socket.MSG_DONTWAIT)
-            except OSError:
+            except OSError as error:
+                if of_a_handler(error):
+                    raise
                 return  # kept in _error, or tried again with the next call
             finally:
                 if held and held[0]:

@@ -10,6 +10,9 @@ then, what the function returned is lost, though what it did is done: the record
 - Attributes that belong together are stored by one statement that calls nothing in between: ``self._out, self._number = out, number``.
 - A record that must go out once and only once (KeyUpdate) is compared with the sequence number: it moves exactly if the record is out (``SendingHalf._send_once``).
 
+A handler may raise an ``OSError``, too: ``TimeoutError()`` of an alarm. Where errors of system calls are dealt with, ``of_a_handler`` tells them apart: these have an errno. (One that is given
+an errno is taken for the network's.)
+
 What can't be done in one step is marked when it begins and when it has ended. Whoever comes next and finds it begun only knows that it was torn, and the
 connection has failed: ``torn``.
 """
@@ -17,10 +20,11 @@ connection has failed: ``torn``.
 from __future__ import annotations
 
 import errno
+import ssl
 
 from .interface import Lock
 
-__all__ = ("acquire_and_note", "torn")
+__all__ = ("acquire_and_note", "of_a_handler", "torn")
 
 
 def acquire_and_note(held: list[bool], lock: Lock, timeout: float = -1) -> bool:
@@ -33,6 +37,11 @@ def acquire_and_note(held: list[bool], lock: Lock, timeout: float = -1) -> bool:
     else:
         held += map(lock.acquire, (False,))
     return held[-1]
+
+
+def of_a_handler(error: OSError) -> bool:
+    """Whether ``error`` is neither a system call's nor the protocol's, so that it has to get through to the application."""
+    return error.errno is None and not isinstance(error, ssl.SSLError)
 
 
 def torn(what: str) -> ConnectionAbortedError:

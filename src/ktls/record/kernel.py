@@ -42,6 +42,7 @@ from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 
 from .aead import record_type
 from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
+from .interruption import of_a_handler
 from .linux import (
     CRYPTO_INFO,
     SOL_TLS,
@@ -132,12 +133,8 @@ class KernelSender:
             raise self._dead_again()
         try:
             sent = self._sock.send(data, flags)
-        except OSError as error:
-            self._note(error)
-            raise
-        except BaseException:
-            # Of a signal handler: before or after, who knows. If before, ``flush`` will wait for too much, which loses nothing.
-            self._octets += len(data)
+        except BaseException as error:
+            self._missed(error, len(data))
             raise
         self._octets += sent
         return sent
@@ -148,11 +145,8 @@ class KernelSender:
             raise self._dead_again()
         try:
             sent = self._sock.sendmsg(buffers[:_IOV_MAX], (), flags)
-        except OSError as error:
-            self._note(error)
-            raise
-        except BaseException:
-            self._octets += sum(map(len, buffers))  # as in ``send``
+        except BaseException as error:
+            self._missed(error, sum(map(len, buffers)))
             raise
         self._octets += sent
         return sent
@@ -200,8 +194,9 @@ class KernelSender:
         self._base, self._first, self._octets = self._expected(), 0, 0
         try:
             self._sock.setsockopt(SOL_TLS, TLS_TX, info)
-        except OSError:
-            self._base, self._first, self._octets = before
+        except OSError as error:
+            if not of_a_handler(error):
+                self._base, self._first, self._octets = before
             raise
         finally:
             del info  # it holds the key, and tracebacks may show locals
@@ -232,6 +227,14 @@ class KernelSender:
     def sock(self) -> socket.socket:
         """The socket."""
         return self._sock
+
+    def _missed(self, error: BaseException, size: int) -> None:
+        """Note what ``error`` says of a send of ``size`` bytes that has not returned."""
+        if isinstance(error, OSError) and not of_a_handler(error):
+            self._note(error)
+        else:
+            # Before or after it was sent, who knows. If before, ``flush`` will wait for too much, which loses nothing.
+            self._octets += size
 
     def _note(self, error: OSError) -> None:
         """Remember a fatal error. Raises ``RemoteProtocolError`` if it is one of receiving, which nobody has read yet."""
@@ -275,7 +278,15 @@ class KernelReceiver:
         # Either dead, or stopped by the kernel until the old key is set again.
         self._halted = False
         self.can_change_key = can_change_key
-        sock.setsockopt(SOL_TLS, TLS_RX, pack_crypto_info(suite, keys, sequence_number))
+        info = pack_crypto_info(suite, keys, sequence_number)
+        try:
+            sock.setsockopt(SOL_TLS, TLS_RX, info)
+        except OSError as error:
+            # EBUSY: no rekey here. It may be the same key, of an attempt that a signal handler's exception has ended too late.
+            if error.errno != errno.EBUSY or sock.getsockopt(SOL_TLS, TLS_RX, len(info)) != info:
+                raise
+        finally:
+            del info  # it holds the key, and tracebacks may show locals
 
     @property
     def sock(self) -> socket.socket:
@@ -335,6 +346,8 @@ class KernelReceiver:
         except BlockingIOError:
             return False
         except OSError as error:
+            if of_a_handler(error):
+                raise
             # Also this may be the one and only report of an error.
             found = isinstance(self.translate(error), ControlRecord) or self._dead is not None
             return found or in_doubt
@@ -373,6 +386,8 @@ class KernelReceiver:
                 1, _CONTROL_SPACE, socket.MSG_PEEK | socket.MSG_DONTWAIT
             )
         except OSError as error:
+            if of_a_handler(error):
+                raise
             self.translate(error)  # remembers what is reported once
             return False
         return not data and not control

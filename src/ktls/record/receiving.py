@@ -43,7 +43,7 @@ from .interface import (
     RecordReceiver,
     WriteBuffer,
 )
-from .interruption import acquire_and_note, torn
+from .interruption import acquire_and_note, of_a_handler, torn
 from .kernel import KernelReceiver
 from .meter import Meter
 from .sending import SendingHalf
@@ -54,7 +54,6 @@ __all__ = ("MORE", "ReceivingHalf")
 MORE: Final = -2
 #: As many of them are dealt with at once.
 _RECORDS_AT_ONCE: Final = 64
-
 #: Bytes received between two looks at the kernel's counter, at least: near the limit every record would be looked at.
 _RX_STEP: Final = 16 * 1024
 
@@ -257,13 +256,11 @@ class ReceivingHalf:
                 return  # a reader is at work: it meets everything
             self._look_first()
             while not self._early and self._end is None:
-                if self._install is not None:
-                    self._read_record(socket.MSG_DONTWAIT)
-                    continue
-                may_take = read_ahead and not self._awaited
-                layer = self._kernel_receiver() or (self._receiver if may_take else None)
-                if layer is None or not layer.record_waits():
-                    return
+                if self._install is None:
+                    may_take = read_ahead and not self._awaited
+                    layer = self._kernel_receiver() or (self._receiver if may_take else None)
+                    if layer is None or not layer.record_waits():
+                        return
                 self._read_record(socket.MSG_DONTWAIT)
         except OSError as error:
             self._failed(error)
@@ -309,7 +306,9 @@ class ReceivingHalf:
         octets, now = self._meter.octets, self._clock()
         try:
             number = self._receiver.sequence_number()
-        except OSError:
+        except OSError as error:
+            if of_a_handler(error):
+                raise
             return  # what was received belongs to the caller; the next read looks again
         with self._state_lock:
             self._sending.follow(
@@ -338,9 +337,8 @@ class ReceivingHalf:
                 self._meter.used(1, 0)
                 self._mark()
         except OSError as error:
-            if isinstance(error, KTLSError) or error.errno is not None:  # else a signal handler's
-                self._failed(error)
-                self._reading = False
+            self._failed(error)
+            self._reading = False
             raise
         else:
             self._reading = False
@@ -412,7 +410,9 @@ class ReceivingHalf:
         self._mark()
 
     def _failed(self, error: OSError) -> None:
-        """Keep a fatal error of the receiving side, and answer it with the alert that it asks for. Under the rx lock."""
+        """Keep a fatal error of the receiving side, and answer it with the alert that it asks for; a signal handler's goes on. Under the rx lock."""
+        if of_a_handler(error):
+            raise error
         if isinstance(error, KTLSError):
             with self._state_lock:
                 self._fail(error, self._may_alert())

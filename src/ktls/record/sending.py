@@ -24,7 +24,7 @@ from ktls.protocol.states import ConnectionState, HalfState, SendMessage, Update
 from ktls.protocol.suites import MAX_FRAGMENT
 
 from .interface import DEAD_ERRNOS, KeyChangeObserver, Lock, ReadBuffer, RecordSender
-from .interruption import acquire_and_note, torn
+from .interruption import acquire_and_note, of_a_handler, torn
 from .kernel import KernelSender
 from .meter import Meter
 from .userspace import UserspaceSender
@@ -214,7 +214,7 @@ class SendingHalf:
             self.run_owed()
 
     def run_owed(self) -> None:
-        """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises: a later send reports the error."""
+        """Run what is owed as far as it goes without waiting, for a lock or for TCP. Never raises but for a signal handler: a later send reports the error."""
         while self.owes:
             held: list[bool] = []
             try:
@@ -225,7 +225,9 @@ class SendingHalf:
                     self._flush(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError:
+            except OSError as error:
+                if of_a_handler(error):
+                    raise
                 return  # kept in _error, or in failure
             finally:
                 if held and held[0]:

@@ -29,6 +29,7 @@ from ktls.protocol.suites import MAX_FRAGMENT, CipherSuite
 
 from .aead import HEADER_LENGTH, RecordProtection
 from .interface import DEAD_ERRNOS, ControlRecord, LayerName, ReadBuffer, WriteBuffer
+from .interruption import of_a_handler
 from .refusal import refused_for_a_sender
 
 __all__ = ("UserspaceReceiver", "UserspaceSender")
@@ -146,9 +147,9 @@ class UserspaceSender:
             if len(self._out) == len(records):
                 self._out, self._number = memoryview(b""), before
             raise
-        except OSError:
+        except OSError as error:
             # Accepted is accepted: the rest goes out with the next call, which also reports an error that lasts (no memory).
-            if self._dead is not None:
+            if self._dead is not None or of_a_handler(error):
                 raise
 
 
