@@ -130,6 +130,8 @@ def test_no_call_is_left_out() -> None:
         for call in run(scenario, layers).calls
     }
     written = set().union(*map(_written_in, MODULES))
+    # Only where a signal handler's exception came too late: tests/record/test_kernel_rules.py.
+    written.remove("record/kernel.py:KernelReceiver.__init__ getsockopt")
     # Sending in user space is swept where there is no kernel TLS, all the rest where there is.
     sending = {call for call in written if "UserspaceSender" in call}
     receiving = {call for call in written if "UserspaceReceiver" in call}

@@ -22,7 +22,7 @@ from ktls.testing import (
     wait_readable,
 )
 
-from .layers import TLS13, kernel_receiver, kernel_sender
+from .layers import TLS12, TLS13, kernel_receiver, kernel_sender
 from .rig import NO_WAIT, SPACE, Worker, both_versions, readable, rig, sending
 
 if TYPE_CHECKING:
@@ -46,6 +46,21 @@ def test_rule_3_key_update_that_poll_does_not_show() -> None:
         assert message is not None
         assert is_key_update(message)
         assert r.look() == b"new"
+
+
+@pytest.mark.norekey
+def test_key_that_was_set_and_nobody_knows_it() -> None:
+    """A signal handler's exception may come when the call has done its work: then it is done again. Where keys can't change, another key is still refused."""
+    suite, keys = TLS12, made_up_keys(TLS12, "peer")
+    with loopback_pair() as (sock, theirs):
+        kernel_receiver(sock, suite, keys, 0)
+        with pytest.raises(OSError, match="busy"):
+            kernel_receiver(sock, suite, made_up_keys(TLS12, "another"), 0)
+        receiver = kernel_receiver(sock, suite, keys, 0)
+        RecordPeer(theirs, suite).send_data(b"data")
+        buffer = bytearray(9)
+        assert receiver.recv_into(buffer) == 4
+        assert buffer.startswith(b"data")
 
 
 @pytest.mark.rekey

@@ -46,14 +46,19 @@ PATIENCE: Final = 20.0
 _TICK: Final = 0.001
 #: Seconds that TCP may need to move bytes from one buffer to the other.
 _MOVING: Final = 0.05
+#: The last made-up secret of each name: a thousand generations one after the other are not all made from the first.
+_made: Final[dict[tuple[CipherSuite, str], TrafficSecret]] = {}
 
 
 def made_up_secret(suite: CipherSuite, name: str, generation: int = 0) -> TrafficSecret:
     """Return the traffic secret of ``generation`` (TLS 1.3) that begins with the made-up one called ``name``."""
-    first = hashlib.new(suite.hash_name, b"ktls test secret " + name.encode()).digest()
-    secret = TrafficSecret(suite, first)
+    secret = _made.get((suite, name))
+    if secret is None or secret.generation > generation:
+        first = hashlib.new(suite.hash_name, b"ktls test secret " + name.encode()).digest()
+        secret = TrafficSecret(suite, first)
     while secret.generation < generation:
         secret = secret.next()
+    _made[suite, name] = secret
     return secret
 
 
